@@ -1,0 +1,1165 @@
+"""What the three methods share and no paper claims: data, images, network, clusters, scores.
+
+Data flows one way:  folder -> Split -> uint8 images -> augmented batch -> network -> unit features
+                     -> distances -> pseudo labels -> memory -> (losses, in the page of the method)
+
+Said once, meant everywhere:
+  N images of a split, B of a batch, C clusters, D width of a feature, H x W size of an image.
+  Feature rows have unit length. Row i of every per-image array belongs to split.paths[i].
+  A label of -1 is an outlier. Distances lie in [0, 1]. Scores are fractions, printed as per cent.
+  An error of use or of data is a Problem: one line that names culprit and remedy, exit code 2.
+"""
+
+import argparse
+import colorsys
+import json
+import math
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import sklearn
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageFilter
+from scipy.sparse import csr_array, vstack
+from sklearn import metrics
+from sklearn.cluster import DBSCAN
+from sklearn.neighbors import sort_graph_by_row_values
+from torch import nn
+from tqdm import tqdm
+
+
+class Problem(Exception):
+    """Something the user can mend. The message is one line: what is wrong, where, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line like all others; --help keeps the page's layout."""
+
+    def __init__(self, doc, **options):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise Problem(f"{message} (--help explains every flag)")
+
+
+def number(kind, low, high=10**9):
+    """-> the type of a flag: an int or float from low to high."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text[:20]!r} is no {name} from {low} to {high:,}")
+        return value
+    return convert
+
+
+def parse(parser, argv, method, settings):
+    """Parse argv with the defaults of its --data (those of market1501 for other folders), and check
+    what flags must share. Raises Problem."""
+    early = Parser("", add_help=False)
+    early.add_argument("--data", default="toy")
+    data = early.parse_known_args(argv)[0].data
+    parser.set_defaults(**settings.get(data, settings["market1501"]))
+    args = parser.parse_args(argv)
+    if args.batch_size % args.num_instances or args.batch_size % args.bn_splits:
+        raise Problem(f"--batch-size {args.batch_size} is no multiple of --num-instances "
+                      f"{args.num_instances} and --bn-splits {args.bn_splits} (change one of them)")
+    if args.batch_size // args.bn_splits < 2:
+        raise Problem(f"--bn-splits {args.bn_splits} leaves batch norm one image (lower it)")
+    folder = os.path.basename(os.path.normpath(args.data))
+    args.out = args.out or os.path.join("runs", f"{method}-{folder}-s{args.seed}")
+    return args
+
+
+def run(main):
+    """Call main() as a program: a Problem becomes one line on stderr and exit code 2."""
+    try:
+        return main()
+    except Problem as problem:
+        message = problem
+    except KeyboardInterrupt:
+        print("interrupted (finished epochs are kept)", file=sys.stderr)
+        sys.exit(130)
+    except (MemoryError, RuntimeError) as error:  # torch raises the latter for main memory too
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        message = "out of memory (lower --batch-size or --size, or choose a smaller --arch)"
+    print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
+    sys.exit(2)
+
+
+# ================================================================================ data sets on disk
+
+
+class Split(NamedTuple):
+    """N images: where they lie, who is on them, which camera took them."""
+
+    paths: list       # N file names
+    pids: np.ndarray  # (N,) int64 person ids; of training images for label_quality, --true-ids only
+    cams: np.ndarray  # (N,) int64 cameras 0..V-1
+
+
+class Facts(NamedTuple):
+    """The published counts of a data set, so that half a download is noticed."""
+
+    folders: tuple  # names of the official folder
+    counts: tuple   # images of train, query, gallery without junk; None where releases differ
+
+
+DATASETS = {
+    "market1501": Facts(("Market-1501-v15.09.15",), (12936, 3368, 15913)),
+    "msmt17": Facts(("MSMT17_V1", "MSMT17_V2", "MSMT17_V2/MSMT17_V2"), (32621, 11659, 82161)),
+    "cuhk03": Facts(("cuhk03-np/detected", "cuhk03-np/labeled"), (None, 1400, None)),
+    "personx": Facts(("PersonX", "subset1"), (9840, 5136, 30816)),
+    "veri776": Facts(("VeRi",), (37778, 1678, 11579)),
+    "dukemtmc": Facts(("DukeMTMC-reID",), (16522, 2228, 17661)),  # withdrawn in 2019, see README
+    "toy": Facts((), (None, None, None)),         # drawn by make_toy on first use
+    "toy-source": Facts((), (None, None, None)),  # the second domain, other people, other cameras
+}
+TRIPLES = (("bounding_box_train", "query", "bounding_box_test"),
+           ("image_train", "image_query", "image_test"))
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+
+
+def load(name, root="data", at_least=1):
+    """Read a data set -> train, query, gallery (Splits, in sorted order of the files).
+
+    `name` is a key of DATASETS, looked for in root/name, root/name/<official folder>,
+    root/<official folder> and root, or any folder that holds one of TRIPLES. A file name starts
+    with the person and the camera, 0002_c1...: person -1 is junk and dropped, person 0 is a
+    distractor, in no query, and so a wrong answer wherever it is ranked. Cameras are renumbered
+    0..V-1 over all splits. Raises Problem for a missing folder, an empty split, less than
+    `at_least` training images (a batch) or a name that does not parse.
+    """
+    if name in ("toy", "toy-source") and not os.path.isdir(os.path.join(root, name)):
+        make_toy(os.path.join(root, name), domain=name)
+    if name in DATASETS:
+        facts = DATASETS[name]
+        folders = [os.path.join(root, name)]
+        folders += [os.path.join(*p, f) for f in facts.folders for p in ((root, name), (root,))]
+        folders.append(root)
+    else:
+        facts, folders = None, [name]
+    for folder in folders:
+        for parts in TRIPLES:
+            if all(os.path.isdir(os.path.join(folder, part)) for part in parts):
+                raw = [_read_folder(os.path.join(folder, part)) for part in parts]
+                return _finish(name, folder, raw, facts, at_least)
+        if os.path.isfile(os.path.join(folder, "list_train.txt")):
+            return _finish(name, folder, _read_msmt_lists(folder), facts, at_least)
+    known = "" if facts else f"; a name can be a folder or one of {', '.join(DATASETS)}"
+    raise Problem(f"data set {name!r} not found: no folder with {', '.join(TRIPLES[0])} in "
+                  f"{', '.join(folders)} (put it there or say --root{known})")
+
+
+def _read_folder(folder):
+    """-> list of (path, person, camera), sorted by name; every file must parse."""
+    rows, wrong = [], []
+    for name in sorted(os.listdir(folder)):
+        if name.startswith(".") or name in ("Thumbs.db", "desktop.ini", "__MACOSX"):
+            continue
+        match = re.match(r"(-?\d{1,9})_c(\d{1,9})(?!\d)", name)
+        if match and name.lower().endswith(SUFFIXES):
+            rows.append((os.path.join(folder, name), int(match[1]), int(match[2])))
+        else:
+            wrong.append(name)
+    if wrong:
+        raise Problem(f"{folder}: {len(wrong)} files are not named <person>_c<camera>...jpg (png, "
+                      f"bmp), the first: {', '.join(wrong[:5])} (rename or move them)")
+    return rows
+
+
+def _read_msmt_lists(folder):
+    """MSMT17's own layout: four list files, the camera is the third field of the file's name."""
+    def read(listing, *parts):
+        part = next((p for p in parts if os.path.isdir(os.path.join(folder, p))), None)
+        if part is None:
+            raise Problem(f"{folder} has {listing} but no folder {' or '.join(parts)} (unpack it)")
+        rows, line = [], ""
+        try:
+            with open(os.path.join(folder, listing), encoding="utf-8-sig") as file:
+                for line in sorted(filter(str.strip, file)):
+                    path, person = line.split()
+                    if os.path.isabs(path) or ".." in path.split("/"):
+                        raise ValueError("leaves the data set")
+                    camera = int(os.path.basename(path).split("_")[2])
+                    rows.append((os.path.join(folder, part, path), int(person), camera))
+        except (OSError, ValueError, IndexError) as error:
+            raise Problem(f"{os.path.join(folder, listing)}: {line.strip()[:80]!r}: {error} (a line"
+                          " reads 0000/0000_045_12_0303morning_0006_2.jpg 0)") from error
+        return rows
+    train, test = ("train", "mask_train_v2"), ("test", "mask_test_v2")
+    return (read("list_train.txt", *train) + read("list_val.txt", *train),  # merged, as is usual
+            read("list_query.txt", *test), read("list_gallery.txt", *test))
+
+
+def _finish(name, folder, raw, facts, at_least):
+    """Drop junk, renumber cameras, compare with the published counts."""
+    raw = [[row for row in rows if row[1] != -1] for rows in raw]
+    for kind, rows in zip(("train", "query", "gallery"), raw):
+        if not rows:
+            raise Problem(f"{folder}: the {kind} split holds no images (is the download complete?)")
+        if any(not 0 <= person < 10**9 for _, person, _ in rows):
+            raise Problem(f"{folder}: a person of the {kind} split is not from -1 to 999,999,999")
+    if not {row[1] for row in raw[1]} & {row[1] for row in raw[2]}:
+        raise Problem(f"{folder}: nobody in the query split is in the gallery, so nothing can be "
+                      "scored (check what lies in the two folders)")
+    if len(raw[0]) < at_least:
+        raise Problem(f"{folder}: {len(raw[0])} training images are fewer than a batch of "
+                      f"{at_least} (lower --batch-size)")
+    cameras = sorted({camera for rows in raw for _, _, camera in rows})
+    splits = [Split([path for path, _, _ in rows],
+                    np.array([person for _, person, _ in rows], np.int64),
+                    np.searchsorted(cameras, [camera for _, _, camera in rows]).astype(np.int64))
+              for rows in raw]
+    counts = facts.counts if facts else (None,) * 3
+    for kind, split, count in zip(("train", "query", "gallery"), splits, counts):
+        if count is not None and len(split.paths) != count:
+            print(f"warning: {name} {kind}: {len(split.paths):,} images in {folder}, "
+                  f"{count:,} published", file=sys.stderr)
+    print(f"{name}: {folder}, {len(cameras)} cameras; " + ", ".join(
+        f"{kind} {len(split.paths):,} images of {len(set(split.pids.tolist())):,}"
+        for kind, split in zip(("train", "query", "gallery"), splits)) + " ids", file=sys.stderr)
+    return splits
+
+
+# ====================================================================================== the toy set
+# Pedestrians drawn by a program. A person is a combination of body, hair, clothes and bags; a
+# camera is a background, a colour cast, contrast, blur and noise. Within a camera people are easy
+# to tell apart, across cameras they are not: the problem that the papers attack.
+
+TOY_W, TOY_H, TOY_SCALE = 64, 128, 2  # size of an image; it is drawn at twice the size, then shrunk
+SKINS = ((245, 214, 186), (222, 178, 140), (172, 118, 80), (110, 72, 48))
+HAIRS = ((25, 20, 20), (80, 50, 30), (150, 100, 50), (215, 185, 110), (140, 140, 145),
+         (150, 50, 30))
+CLOTHES = ((0, .85, .8), (.06, .85, .95), (.14, .85, .95), (.30, .7, .6), (.47, .7, .65),
+           (.6, .8, .85), (.68, .65, .45), (.78, .55, .65), (.91, .5, .9), (0, 0, .95), (0, 0, .55),
+           (0, 0, .12), (.08, .5, .42))  # hue, saturation, value
+FRONT, SIDE, BACK = range(3)
+
+
+def make_toy(root, seed=1, domain="toy"):
+    """Draw a toy data set in Market-1501's layout into the new folder `root` (about 2,300 JPEGs).
+
+    Two domains: "toy" has 5 very different cameras, "toy-source" 4 milder ones and other people.
+    Equal arguments give equal pixels. The folder appears only when it is complete.
+    """
+    rng = np.random.default_rng([seed, ("toy", "toy-source").index(domain)])
+    cameras, gap, train_ids, test_ids = (5, 1.0, 80, 50) if domain == "toy" else (4, .6, 60, 20)
+    cameras = [toy_camera(rng, gap) for _ in range(cameras)]
+    plan = []  # tracklets: person, looks, camera, folder of each of its images
+    for person in range(1, train_ids + test_ids + 1):
+        looks, test = toy_looks(rng), person > train_ids
+        order = rng.permutation(len(cameras))
+        for camera in order[:rng.integers(len(cameras) - 2, len(cameras) + 1)]:
+            shots = rng.integers(3, 6)
+            parts = ["query"] + ["bounding_box_test"] * (shots - 1)
+            plan.append((person, looks, camera, parts if test else ["bounding_box_train"] * shots))
+    for _ in range(40):  # distractors: people nobody asks for
+        plan.append((0, toy_looks(rng), rng.integers(len(cameras)), ["bounding_box_test"] * 3))
+    for i in range(40):  # junk: boxes that cut or miss the person
+        looks = dict(toy_looks(rng), height=rng.uniform(.3, .5) if i % 2 else 1.9)
+        plan.append((-1, looks, rng.integers(len(cameras)), ["bounding_box_test"]))
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(root)), exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(root))) as draft:
+            for part in TRIPLES[0]:
+                os.makedirs(os.path.join(draft, "new", part))
+            frame = 0
+            for person, looks, camera, parts in tqdm(plan, f"drawing {root}", leave=False):
+                view = rng.choice(3, p=.25 + .25 * cameras[camera]["views"])
+                light, cover = np.exp(rng.normal(0, .08)), rng.random() < .12 and rng.integers(1, 3)
+                for shot, part in enumerate(parts):
+                    frame += int(rng.integers(5, 60))
+                    turned = view if rng.random() < .8 else rng.integers(3)
+                    picture = toy_picture(rng, looks, cameras[camera], turned, light, cover)
+                    who = f"{person:04d}" if person >= 0 else "-1"
+                    name = f"{who}_c{camera + 1}s1_{frame:06d}_{shot + 1:02d}.jpg"
+                    picture.save(os.path.join(draft, "new", part, name), quality=88)
+            try:
+                os.rename(os.path.join(draft, "new"), root)
+            except OSError:
+                if not os.path.isdir(root):  # else another run drew the same pictures meanwhile
+                    raise
+    except OSError as error:
+        raise Problem(f"cannot draw the toy set into {root}: {error} (say --root)") from error
+
+
+def _rgb(hue, saturation, value):
+    return tuple(int(255 * c) for c in
+                 colorsys.hsv_to_rgb(hue % 1, *np.clip((saturation, value), 0, 1)))
+
+
+def toy_looks(rng):
+    """-> dict: what stays the same about a person in every picture."""
+    def cloth(which):
+        hue, saturation, value = CLOTHES[which]
+        return _rgb(hue + rng.normal(0, .01), saturation * rng.uniform(.85, 1.1),
+                    value * rng.uniform(.85, 1.1))
+    upper, upper2 = rng.permutation(len(CLOTHES))[:2]
+    return dict(
+        skin=SKINS[rng.integers(4)], hair=HAIRS[rng.integers(6)], long_hair=rng.random() < .4,
+        upper=cloth(upper), upper2=cloth(upper2), lower=cloth(rng.integers(13)),
+        shoes=cloth(rng.integers(13)), bag_colour=cloth(rng.integers(13)),
+        pattern=rng.choice(
+            ["plain", "plain", "rows", "columns", "check", "half", "logo", "jacket"]),
+        sleeves=rng.random() < .5, legs=rng.choice(["trousers", "trousers", "shorts", "skirt"]),
+        bag=rng.choice(["none", "none", "backpack", "handbag", "sling"]), hat=rng.random() < .15,
+        height=rng.uniform(.84, 1.0), width=rng.uniform(.82, 1.25))
+
+
+def toy_camera(rng, gap):
+    """-> dict: what stays the same about a camera; `gap` scales how far cameras' colours differ."""
+    return dict(
+        scene=rng.integers(5), period=int(rng.integers(8, 22)),
+        paint=_rgb(rng.random(), rng.uniform(.05, .5), rng.uniform(.3, .9)),
+        paint2=_rgb(rng.random(), rng.uniform(.05, .5), rng.uniform(.2, .9)),
+        gain=np.exp(rng.normal(0, .20 * gap, 3)), gamma=np.exp(rng.uniform(-.45, .45) * gap),
+        saturation=rng.uniform(1 - .6 * gap, 1.15), contrast=rng.uniform(1 - .4 * gap, 1.15),
+        offset=rng.uniform(-22, 22) * gap, shade=rng.uniform(-.3, .3) * gap,
+        blur=rng.uniform(0, 1), noise=rng.uniform(2, 9), resolution=rng.uniform(.45, 1),
+        scale=rng.uniform(.84, 1.02), pitch=rng.uniform(0, 7), views=rng.dirichlet([.7, .7, .7]))
+
+
+def toy_picture(rng, looks, camera, view, light, cover):
+    """One detection: scene, person, perhaps something in front, then the camera's optics."""
+    width, height = TOY_W * TOY_SCALE, TOY_H * TOY_SCALE
+    picture = Image.new("RGB", (width, height), camera["paint"])
+    draw = ImageDraw.Draw(picture)
+    _draw_scene(draw, rng, camera, width, height)
+    tall = .93 * height * looks["height"] * camera["scale"] * rng.normal(1, .035)
+    left = width / 2 + rng.normal(0, 3) * TOY_SCALE
+    top = (height - tall) / 2 + (rng.normal(0, 3.5) + camera["pitch"] - 3) * TOY_SCALE
+    _draw_person(draw, rng, looks, view, left, top, tall)
+    if cover == 1:  # a low box of the scene's colour
+        x, y = rng.uniform(0, .75) * width, rng.uniform(.45, .8) * height
+        draw.rectangle([x, y, x + 40, height], fill=camera["paint2"])
+    elif cover == 2:  # a post
+        x = rng.uniform(0, .75) * width
+        draw.rectangle([x, 0, x + 18, height], fill=(90, 90, 90))
+    small = [int(side * camera["resolution"]) for side in (TOY_W, TOY_H)]
+    picture = picture.resize(small, Image.BOX).resize((TOY_W, TOY_H), Image.BILINEAR)
+    pixels = np.asarray(picture.filter(ImageFilter.GaussianBlur(camera["blur"])), np.float32)
+    grey = pixels.mean(2, keepdims=True)
+    pixels = grey + camera["saturation"] * (pixels - grey)
+    pixels = 128 + camera["contrast"] * (pixels - 128) + camera["offset"]
+    pixels *= camera["gain"] * light
+    pixels *= 1 + camera["shade"] * np.linspace(-1, 1, TOY_W)[None, :, None]  # light from one side
+    pixels = 255 * (pixels.clip(1, 255) / 255) ** camera["gamma"]
+    pixels += rng.normal(0, camera["noise"], pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _draw_scene(draw, rng, camera, width, height):
+    step, paint, paint2 = camera["period"] * TOY_SCALE, camera["paint"], camera["paint2"]
+    dx, dy = rng.integers(0, step, 2)
+    horizon = int(height * .45 + rng.normal(0, 6))
+    if camera["scene"] == 0:  # bricks
+        for row, y in enumerate(range(-step, height, step // 2)):
+            for x in range(-step, width + step, step):
+                x0, y0 = x + dx + row % 2 * step // 2, y + dy
+                draw.rectangle([x0, y0, x0 + step - 3, y0 + step // 2 - 3], paint2)
+    elif camera["scene"] == 1:  # bars
+        for x in range(-step, width, step):
+            draw.rectangle([x + dx, 0, x + dx + step // 3, height], paint2)
+    elif camera["scene"] == 2:  # grass
+        draw.rectangle([0, horizon, width, height], paint2)
+        for x, y in zip(rng.integers(0, width, 40), rng.integers(horizon, height, 40)):
+            draw.ellipse([x, y, x + 9, y + 5], paint)
+    elif camera["scene"] == 3:  # a road to the horizon
+        draw.rectangle([0, horizon, width, height], paint2)
+        for lane in range(-4, 5):
+            ends = [width // 2 + lane * step, horizon, width // 2 + 4 * lane * step, height]
+            draw.line(ends, paint, 3)
+    else:  # discs
+        for x, y in zip(rng.integers(-step, width, 14), rng.integers(-step, height, 14)):
+            draw.ellipse([x, y, x + step, y + step], paint2)
+
+
+def _draw_person(draw, rng, looks, view, left, top, tall):
+    """Body coordinates: y from 0 (crown) to 1 (soles), x from the middle, both in body heights."""
+    def box(x0, y0, x1, y1, fill):
+        draw.rectangle([left + min(x0, x1) * tall, top + y0 * tall,
+                        left + max(x0, x1) * tall, top + y1 * tall], fill=fill)
+
+    def line(x0, y0, x1, y1, fill, thick):
+        draw.line([left + x0 * tall, top + y0 * tall, left + x1 * tall, top + y1 * tall],
+                  fill=fill, width=max(2, int(thick * tall)))
+
+    def oval(x, y, rx, ry, fill):
+        draw.ellipse([left + (x - rx) * tall, top + (y - ry) * tall,
+                      left + (x + rx) * tall, top + (y + ry) * tall], fill=fill)
+
+    side, facing = view == SIDE, 1 if rng.random() < .5 else -1
+    wide = looks["width"]
+    half = .125 * wide * (.72 if side else 1)            # half the width of the torso
+    stride = rng.uniform(-1, 1) * (1 if side else .35)   # where in the step legs and arms are
+    bag, bag_colour = looks["bag"], looks["bag_colour"]
+    if bag == "backpack" and side:
+        box(-1.25 * half * facing, .17, -.3 * half * facing, .42, bag_colour)
+
+    for leg in (-1, 1):
+        hip, foot = leg * half * .45, leg * half * .5 + leg * stride * .1
+        line(hip, .48, foot, .95, looks["lower"] if looks["legs"] == "trousers" else looks["skin"],
+             .075 * wide)
+        if looks["legs"] == "shorts":
+            line(hip, .48, (hip + foot) / 2, .68, looks["lower"], .085 * wide)
+        box(foot - .04, .945, foot + (.07 * facing if side else .04), .985, looks["shoes"])
+    if looks["legs"] == "skirt":
+        draw.polygon([(left + x * half * tall, top + y * tall) for x, y in
+                      ((-.8, .48), (.8, .48), (1.15, .70), (-1.15, .70))], fill=looks["lower"])
+
+    box(-half, .145, half, .50, looks["upper"])
+    pattern, colour = looks["pattern"], looks["upper2"]
+    if pattern == "rows":
+        for y in np.arange(.17, .48, .075):
+            box(-half, y, half, y + .03, colour)
+    elif pattern == "columns":
+        for x in np.arange(-half + .01, half - .02, .06):
+            box(x, .145, x + .022, .5, colour)
+    elif pattern == "check":
+        for row in range(6):
+            for column in (0, 1):
+                x, y = half * (.8 * column + .4 * (row % 2) - 1), .145 + row * .06
+                box(x, y, x + .35 * half, y + .06, colour)
+    elif pattern == "half":
+        box(-half, .33, half, .5, colour)
+    elif pattern == "logo" and view == FRONT:
+        box(-half * .55, .22, half * .55, .34, colour)
+    elif pattern == "jacket" and view != BACK:
+        x0, x1 = (.4 * facing, facing) if side else (-.35, .35)
+        box(half * x0, .145, half * x1, .5, colour)
+
+    sleeve = 1 if looks["sleeves"] else .4               # how much of the arm it covers
+    shade = tuple(int(.85 * c) for c in looks["upper"])
+    hands = [stride * .16] if side else [s * (half * 1.25 + .02 + stride * .08) for s in (-1, 1)]
+    for arm, hand in zip((0,) if side else (-1, 1), hands):
+        shoulder = arm * half * 1.05
+        line(shoulder, .17, hand, .49, looks["skin"], .05 * wide)
+        line(shoulder, .155, shoulder + (hand - shoulder) * sleeve, .16 + .3 * sleeve, shade,
+             .06 * wide)
+
+    if bag == "backpack" and view == BACK:
+        box(-half * .7, .17, half * .7, .42, bag_colour)
+    elif bag == "backpack" and view == FRONT:
+        for strap in (-1, 1):
+            line(strap * half * .6, .15, strap * half * .6, .36, bag_colour, .03)
+    elif bag == "handbag":
+        box(hands[-1] - .05, .49, hands[-1] + .05, .60, bag_colour)
+    elif bag == "sling":
+        line(-half, .16, half, .46, bag_colour, .025)
+        box(half * .5, .44, half * 1.3, .55, bag_colour)
+
+    if looks["long_hair"]:
+        box(-.065, .06, .065, .20 if view == BACK else .17, looks["hair"])
+    line(0, .1, 0, .15, looks["skin"], .06)
+    oval(0, .068, .056, .07, looks["hair"])
+    if view != BACK:
+        oval(.018 * facing * side, .083, .036 if side else .046, .055, looks["skin"])
+    if looks["hat"]:
+        box(-.065, 0, .065, .035, bag_colour)
+
+
+# =========================================================================================== images
+
+MEAN, STD = (.485, .456, .406), (.229, .224, .225)  # ImageNet's, per channel, of pixels in [0, 1]
+MAX_PIXELS = 2 ** 25  # a pedestrian crop has about 2 ** 13; far more is a broken or hostile file
+
+
+def read_images(split, height, width):
+    """Decode and resize (bicubic) every file once -> (N, 3, H, W) uint8 in main memory.
+
+    Market-1501's training set takes 1.27 GB at 256 x 128. Raises Problem naming an unreadable file.
+    """
+    try:
+        images = torch.empty(len(split.paths), 3, height, width, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise Problem(f"no memory for {len(split.paths):,} images of {height} x {width}") from error
+
+    def read(i):
+        try:
+            with Image.open(split.paths[i]) as picture:
+                if picture.width * picture.height > MAX_PIXELS:
+                    raise Problem(f"{split.paths[i]}: {picture.width} x {picture.height} pixels is "
+                                  "no pedestrian crop (remove or shrink the file)")
+                picture = picture.convert("RGB").resize((width, height), Image.BICUBIC)
+            images[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise Problem(f"{split.paths[i]}: cannot be read as an image ({error}); "
+                          "remove the file or copy it again") from error
+
+    with ThreadPoolExecutor() as pool:
+        list(tqdm(pool.map(read, range(len(images))), "decoding images", len(images), leave=False))
+    return images
+
+
+def normalise(images):
+    """(B, 3, H, W) uint8 -> float32, ImageNet mean and deviation."""
+    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
+    return (images.float() / 255 - mean) / torch.tensor(STD, device=images.device).view(3, 1, 1)
+
+
+def augment(images, generator, pad=None, erase=.5, jitter=0.):
+    """(B, 3, H, W) uint8 -> float32, normalised; every image draws its own changes.
+
+    Flip with probability 1/2; `pad` black pixels around (10 at height 256, else in proportion),
+    then a random crop; with `jitter` > 0 random channel gains, contrast and saturation; with
+    probability `erase` a rectangle of 2-40 % of the area and aspect 0.3-3.33 becomes grey (random
+    erasing, Zhong et al., AAAI 2020; 0 after normalising is the mean colour). The draws come from
+    the CPU `generator`, so they do not depend on the device.
+    """
+    b, _, h, w = images.shape
+    pad = h // 24 if pad is None else pad
+    u = torch.rand(b, 31, generator=generator).to(images.device)
+    flip, dy, dx, gate, top, left = u[:, :6].T[:, :, None]                        # (B, 1) each
+    y, x = torch.arange(h, device=u.device), torch.arange(w, device=u.device)
+    rows = y + (dy * (2 * pad + 1)).long()                                        # (B, H)
+    columns = torch.where(flip < .5, x, w - 1 - x) + (dx * (2 * pad + 1)).long()  # (B, W)
+    padded = F.pad(images, (pad, pad, pad, pad)).flatten(2)                       # (B, 3, H'W')
+    pixel = (rows[:, :, None] * (w + 2 * pad) + columns[:, None, :]).flatten(1)   # (B, HW)
+    out = padded.gather(2, pixel[:, None].expand(-1, 3, -1)).view(b, 3, h, w).float().div_(255)
+    if jitter:
+        gain, contrast, saturation = (                       # (B, 3, 1, 1), (B, 1, 1, 1) x 2
+            torch.exp(jitter * (u[:, c, None, None] - .5)) for c in ([6, 7, 8], [9], [10]))
+        out.mul_(gain)
+        out.mul_(contrast).add_(out.mean((1, 2, 3), True) * (1 / contrast - 1))
+        out.mul_(saturation).add_(out.mean(1, True) * (1 / saturation - 1)).clamp_(0, 1)
+    mean, std = (torch.tensor(v, device=u.device).view(3, 1, 1) for v in (MEAN, STD))
+    out.sub_(mean).div_(std)
+    area = h * w * (.02 + .38 * u[:, 11:21])                                      # ten tries
+    aspect = .3 + (1 / .3 - .3) * u[:, 21:31]
+    height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # (B, 10)
+    fits = (height < h) & (width < w)
+    first = fits.float().argmax(1, keepdim=True)             # the first try that fits the image
+    height, width = height.gather(1, first), width.gather(1, first)               # (B, 1)
+    top, left = (top * (h - height + 1)).floor(), (left * (w - width + 1)).floor()
+    in_rows = (y >= top) & (y < top + height) & (gate < erase) & fits.any(1, keepdim=True)
+    in_columns = (x >= left) & (x < left + width)
+    return out.masked_fill_((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
+
+
+def pk_batches(labels, cams, p, k, iters, generator):
+    """Yield `iters` index tensors (p * k,): p labels, k images of each, label after label.
+
+    labels: (N,) int64 array, -1 is never drawn. Labels pass in random order, each once before any
+    comes again (but for a remainder under p). The first of the k images is uniform; the others are
+    drawn from other cameras than its own where there are any (cams=None: from all others), without
+    repeats while there are enough. Raises Problem when there are fewer than p labels.
+    """
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0])]
+    if len(members) < p:
+        raise Problem(f"{len(members)} clusters are fewer than the {p} of a batch (lower "
+                      f"--batch-size to at most {len(members) * k}, or change --eps)")
+    order = []
+    for _ in range(iters):
+        if len(order) < p:
+            order = torch.randperm(len(members), generator=generator).tolist()
+        batch, order = order[:p], order[p:]
+        picked = []
+        for mine in (members[label] for label in batch):
+            anchor = mine[torch.randint(len(mine), (1,), generator=generator).item()]
+            others = mine[cams[mine] != cams[anchor]] if cams is not None else mine[:0]
+            if not len(others):
+                others = mine[mine != anchor] if len(mine) > 1 else mine
+            rest = torch.randperm(len(others), generator=generator)
+            if len(others) < k - 1:
+                rest = torch.randint(len(others), (k - 1,), generator=generator)
+            picked += [anchor, *others[rest[:k - 1].numpy()]]
+        yield torch.from_numpy(np.array(picked))
+
+
+# ========================================================================================== network
+
+ARCHS = ("small", "resnet18", "resnet18-layer3", "resnet34", "resnet50")
+
+
+class GeM(nn.Module):
+    """Generalised-mean pooling (Radenovic et al., TPAMI 2019): (B, D, h, w) -> (B, D); p learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor([3.]))
+
+    def forward(self, x):
+        return x.clamp(min=1e-6).pow(self.p).mean((2, 3)).pow(1 / self.p)
+
+
+class InstanceBatchNorm(nn.Module):
+    """IBN-a (Pan et al., ECCV 2018): instance norm on half of the channels removes style."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.instance = nn.InstanceNorm2d(width // 2, affine=True)
+        self.batch = nn.BatchNorm2d(width - width // 2)
+
+    def forward(self, x):
+        a, b = x.split([x.shape[1] // 2, x.shape[1] - x.shape[1] // 2], 1)
+        return torch.cat([self.instance(a), self.batch(b)], 1)
+
+
+class SmallBlock(nn.Module):
+    """The basic residual block of He et al. (CVPR 2016): (B, D, h, w) -> (B, width, ...)."""
+
+    def __init__(self, width_in, width, stride, norm):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.norm1 = norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.skip = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False),
+                                  nn.BatchNorm2d(width))
+
+    def forward(self, x):
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.skip(x))
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) float32 -> unit features (B, D); with parts > 0 (1 + parts, B, D).
+
+    A torchvision ResNet with last stride 1, so the last map is (H / 16, W / 16); "resnet18-layer3"
+    ends before the last stage, "small" is a slim ResNet (1.2 M parameters) for the toy set. Then
+    pooling ("gem" or "avg") and a batch-norm neck without shift (Luo et al., CVPRW 2019). With
+    `parts`, the map is also cut into that many stripes from top to bottom, each with its own
+    pooling and neck. weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a file in
+    torchvision's format. Raises Problem for weights that cannot be had or do not fit.
+    """
+
+    def __init__(self, arch="resnet50", weights="imagenet", parts=0, pooling="gem"):
+        super().__init__()
+        if arch == "small":
+            stages = [nn.Conv2d(3, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU()]
+            for width_in, width, stride in ((24, 32, 2), (32, 64, 2), (64, 128, 2), (128, 256, 1)):
+                norm = nn.BatchNorm2d if width == 256 else InstanceBatchNorm
+                stages.append(SmallBlock(width_in, width, stride, norm))
+            self.backbone = nn.Sequential(*stages)
+        elif arch in ARCHS:
+            net = getattr(torchvision.models, arch.removesuffix("-layer3"))()
+            block = net.layer4[0]
+            strided = block.conv2 if arch == "resnet50" else block.conv1
+            strided.stride = block.downsample[0].stride = (1, 1)
+            ends = ("fc", "avgpool") + ("layer4",) * arch.endswith("-layer3")
+            self.backbone = nn.Sequential()
+            for name, module in net.named_children():
+                if name not in ends:
+                    self.backbone.add_module(name, module)
+        else:
+            raise Problem(f"--arch {arch} is unknown (one of {', '.join(ARCHS)})")
+        width = {"small": 256, "resnet18-layer3": 256, "resnet50": 2048}.get(arch, 512)
+        pool = {"gem": GeM,
+                "avg": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())}[pooling]
+        self.parts = parts
+        self.pools = nn.ModuleList(pool() for _ in range(1 + parts))
+        self.necks = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(1 + parts))
+        for neck in self.necks:
+            neck.bias.requires_grad_(False)
+        if weights != "none":
+            self._load_weights(arch, weights)
+
+    def _load_weights(self, arch, weights):
+        if weights == "imagenet":
+            if not arch.startswith("resnet"):
+                raise Problem(f"--arch {arch} has no ImageNet weights (say --weights none)")
+            name = arch.removesuffix("-layer3").replace("resnet", "ResNet") + "_Weights"
+            url = getattr(torchvision.models, name).IMAGENET1K_V1.url
+            try:
+                state = torch.hub.load_state_dict_from_url(url, map_location="cpu",
+                                                           weights_only=True)
+            except (OSError, RuntimeError) as error:
+                place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+                raise Problem(f"cannot download {url} ({error}): put the file at {place}, or say "
+                              "--weights FILE or --weights none") from error
+        else:
+            state = load_checkpoint(weights, ("conv1.weight",))
+        missing = [k for k in self.backbone.state_dict()
+                   if k not in state and "num_batches" not in k]
+        wanted = {k: v for k, v in state.items() if k in self.backbone.state_dict()}
+        cut = ("fc.", "layer4.") if arch.endswith("-layer3") else ("fc.",)
+        extra = [k for k in state if k not in wanted and not str(k).startswith(cut)]
+        if missing or extra:
+            how = f"lacks {missing[0]}" if missing else f"also has {extra[0]}"
+            raise Problem(f"--weights {weights} does not fit --arch {arch}: it {how} (choose the "
+                          "--arch of the file, a torchvision state dict)")
+        try:
+            self.backbone.load_state_dict(wanted, strict=False)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            line = str(error).splitlines()[-1].strip()
+            raise Problem(f"--weights {weights} does not fit --arch {arch}: {line}") from error
+
+    def forward(self, images):
+        last = self.backbone(images)                                              # (B, D, h, w)
+        if self.parts and last.shape[2] % self.parts:
+            raise Problem(f"a map of {last.shape[2]} rows cannot be cut into {self.parts} equal "
+                          f"stripes (make the height a multiple of {16 * self.parts})")
+        views = [last, *(last.chunk(self.parts, 2) if self.parts else ())]
+        features = [F.normalize(neck(pool(view)))                                 # (B, D) each
+                    for view, pool, neck in zip(views, self.pools, self.necks)]
+        return torch.stack(features) if self.parts else features[0]
+
+
+def warm_up(model, images, cams, generator, epochs=4, batch_size=96, lr=1e-3, temp=.1, jitter=.6):
+    """Train `model` from random weights, without any label, until clustering has something to hold.
+
+    Not a step of the papers: it stands in for the ImageNet weights, which the toy set must not
+    download. Instance discrimination: two augmented views of an image attract, views of other
+    images of the SAME camera repel. Other cameras are left out of the denominator, or background
+    and colour cast would solve the task (6.9 instead of 19.3 mAP in a first draft of the toy set).
+    """
+    device = next(model.parameters()).device
+    cams = torch.from_numpy(cams).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    model.train()
+    for epoch in range(epochs):
+        order = torch.randperm(len(images), generator=generator)
+        for index in tqdm(order.split(batch_size), f"warm-up {epoch + 1}/{epochs}", leave=False):
+            if len(index) < 2:
+                continue
+            batch = images[index].to(device)
+            views = [augment(batch, generator, jitter=jitter) for _ in range(2)]
+            features = model(torch.cat(views))                                    # (2B, D)
+            logits = features @ features.T / temp                                 # (2B, 2B)
+            camera = cams[index.to(device)].repeat(2)
+            logits.masked_fill_(camera[:, None] != camera, -math.inf).fill_diagonal_(-math.inf)
+            twin = torch.arange(len(camera), device=device).roll(len(index))
+            loss = F.cross_entropy(logits, twin)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+# ======================================================================= features and pseudo labels
+
+
+@torch.no_grad()
+def extract_features(model, images, batch_size=256):
+    """(N, 3, H, W) uint8, wherever it lies -> (N, D) float32 on the model's device; (1 + parts,
+    N, D) when the model has parts. Runs in eval mode and restores the mode; batches are moved one
+    by one, so the images need not fit on the device."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    parts = tqdm(images.split(batch_size), "extracting features", leave=False)
+    features = torch.cat([model(normalise(part.to(device))).float() for part in parts], -2)
+    model.train(training)
+    return features
+
+
+def centre_cameras(features, cams):
+    """Subtract each camera's mean feature: (N, D) unit rows -> (N, D) unit rows.
+
+    Not a step of the papers: a network that starts from random weights groups images by camera
+    first, and this removes what a camera's images have in common.
+    """
+    cams = torch.from_numpy(cams).to(features.device)
+    sums = features.new_zeros(int(cams.max()) + 1, features.shape[1]).index_add_(0, cams, features)
+    counts = torch.bincount(cams).clamp(min=1)
+    return F.normalize(features - (sums / counts[:, None])[cams])
+
+
+@torch.no_grad()
+def nearest(features, k, block=1024):
+    """-> (N, min(k, N)) int64 array: the most similar images of each image, itself first.
+
+    Equal similarities are ranked by index, so the result does not depend on the block size.
+    """
+    n, ranks = len(features), []
+    for start in tqdm(range(0, n, block), "nearest neighbours", leave=False):
+        rows = torch.arange(start, min(start + block, n), device=features.device)
+        similarity = features[rows] @ features.T                                  # (block, N)
+        similarity[rows - start, rows] = math.inf
+        value, index = similarity.topk(min(k + 1, n))
+        if k < n:  # where the k-th and the next are equal, the choice between them is by index
+            tied = value[:, k - 1] == value[:, k]
+            index[tied] = similarity[tied].sort(descending=True, stable=True).indices[:, :k + 1]
+        index = index[:, :k].sort().values
+        order = similarity.gather(1, index).sort(descending=True, stable=True).indices
+        ranks.append(index.gather(1, order).cpu())
+    return torch.cat(ranks).numpy()
+
+
+def _neighbours(rank, k):
+    """(N, K) ranking -> sparse 0/1 matrix (N, N) of the first k columns."""
+    k = min(k, rank.shape[1])
+    indptr = np.arange(0, len(rank) * k + 1, k)
+    return csr_array((np.ones(len(rank) * k, np.float32), rank[:, :k].ravel(), indptr),
+                     (len(rank), len(rank)))
+
+
+def per_entry(values, matrix):
+    """One value a row -> one value a stored entry of the CSR matrix."""
+    return np.repeat(values, np.diff(matrix.indptr))
+
+
+def reciprocal_vectors(features, rank, k1, k2, weigh):
+    """The vectors V of k-reciprocal encoding (Zhong et al., CVPR 2017) as a sparse (N, N) matrix.
+
+    R(i, k) holds the j that rank i among their own first k and are among the first k of i. R(i, k1)
+    is grown by R(c, k1/2) of each member c of which more than 2/3 lies in R(i, k1) already. V_i
+    spreads a weight of 1 over that set by weigh(cosine, V) per stored entry, then becomes the mean
+    over the first k2 in the ranking of i (itself included). R(i, k) counts the image and k others,
+    as far as `rank` has columns.
+    """
+    def mutual(k):
+        graph = _neighbours(rank, k)
+        return graph.multiply(graph.T).tocsr()
+    wide, close = mutual(k1 + 1), mutual(round(k1 / 2) + 1)
+    shared = (wide @ close.T).multiply(wide).tocsr()     # |R(c, k1/2) in R(i, k1)|, c in R(i, k1)
+    shared.data = (3 * shared.data > 2 * np.diff(close.indptr)[shared.indices]).astype(np.float32)
+    shared.eliminate_zeros()
+    vectors = (wide + shared @ close).tocsr()
+    vectors.sort_indices()
+    row = per_entry(np.arange(len(rank)), vectors)
+    cosine = np.empty(vectors.nnz, np.float32)
+    pieces = vectors.nnz * features.shape[1] // 2**25 + 1    # of 2^25 numbers at most
+    for part in np.array_split(np.arange(vectors.nnz), pieces):
+        i, j = (torch.from_numpy(ends[part]).to(features.device).long()
+                for ends in (row, vectors.indices))
+        cosine[part] = (features[i] * features[j]).sum(1).cpu().numpy()
+    vectors.data = weigh(cosine, vectors)
+    vectors.data /= per_entry(vectors.sum(1), vectors)
+    if k2 > 1:
+        nearby = _neighbours(rank, k2)
+        nearby.data /= min(k2, rank.shape[1])
+        vectors = nearby @ vectors
+        vectors.sort_indices()
+    return vectors
+
+
+def overlaps(vectors, others, block=256):
+    """Yield, a block of rows at a time, the sparse sums over l of min(vectors[i, l], others[j, l]).
+
+    Only pairs with a common l are ever touched, which is what keeps the distance sparse and exact.
+    """
+    columns = others.T.tocsr()
+    for start in range(0, vectors.shape[0], block):
+        mine = vectors[start:start + block]
+        pairs = columns[mine.indices]                        # a row per entry (i, l): all (l, j)
+        pairs.data = np.minimum(pairs.data, per_entry(mine.data, pairs))
+        gather = csr_array((np.ones_like(mine.data), np.arange(mine.nnz), mine.indptr),
+                           (mine.shape[0], mine.nnz))
+        yield (gather @ pairs).tocsr()
+
+
+def jaccard_distance(features, k1=30, k2=6, max_distance=1.):
+    """k-reciprocal Jaccard distance (Zhong et al., CVPR 2017): (N, D) -> sparse CSR (N, N) float32.
+
+    Exact, in [0, 1]; pairs that share no neighbour are at distance 1 and not stored, nor are pairs
+    farther apart than max_distance; the diagonal and other zeros are stored. k1 counts the image
+    itself (30 columns), as in ClusterContrast. Raises Problem for features that are not finite.
+    """
+    if not torch.isfinite(features).all():
+        raise Problem("features are not finite: bad weights, or training diverged (lower --lr)")
+    rank = nearest(features, k1)
+    vectors = reciprocal_vectors(features, rank, k1, k2, lambda cosine, _: np.exp(2 * cosine - 2))
+    rows = []
+    for shared in tqdm(overlaps(vectors, vectors), "Jaccard distance", len(rank) // 256 + 1,
+                       leave=False):
+        shared.data = (1 - shared.data / (2 - shared.data)).clip(0)               # 1 - J(i, j)
+        keep = shared.data <= max_distance + 1e-4            # dbscan's eps is a little wider too
+        ends = np.concatenate([[0], keep.cumsum()])[shared.indptr]
+        rows.append(csr_array((shared.data[keep], shared.indices[keep], ends), shared.shape))
+    distance = vstack(rows, format="csr")
+    distance.sort_indices()
+    return distance
+
+
+def dbscan(distance, eps, min_samples=4):
+    """DBSCAN (Ester et al., KDD 1996) on a sparse distance -> (N,) int64 labels, -1 = outlier.
+
+    Pairs that are not stored are never neighbours; a point counts itself. 1e-5 is added to eps: two
+    images that share s of k2 neighbours and nothing else are at exactly 1 - s / (2 k2 - s), and
+    rounding must not decide which side of eps they fall. Raises Problem for fewer than two
+    clusters: nothing to tell apart.
+    """
+    graph = sort_graph_by_row_values(distance, copy=True, warn_when_not_sorted=False)
+    found = DBSCAN(eps=eps + 1e-5, min_samples=min_samples, metric="precomputed").fit(graph)
+    labels = found.labels_.astype(np.int64)
+    clusters, outliers = labels.max() + 1, (labels < 0).sum()
+    if clusters < 2:
+        way = "lower" if clusters else "raise"
+        raise Problem(f"{clusters} clusters and {outliers:,} outliers among {len(labels):,} images "
+                      f"at --eps {eps}, min_samples {min_samples}: {way} --eps, start from better "
+                      "features (--weights imagenet), or bring --k1 near the images per person")
+    return labels
+
+
+# ========================================================================== memory and its quality
+
+
+def renumber(labels):
+    """(N,) labels with gaps -> 0..C-1 in the same order; -1 stays."""
+    values, new = np.unique(labels, return_inverse=True)
+    return new.ravel() - (values[0] == -1)
+
+
+def cluster_means(features, labels):
+    """(N, D) features, (N,) labels 0..C-1 or -1 -> (C, D) unit means; -1 takes no part."""
+    labels = torch.from_numpy(labels).to(features.device)
+    sums = features.new_zeros(int(labels.max()) + 1, features.shape[1])
+    return F.normalize(sums.index_add_(0, labels[labels >= 0], features[labels >= 0]))
+
+
+@torch.no_grad()
+def update_memory(memory, features, labels, momentum):
+    """In place, image by image in batch order: m_y <- unit(momentum m_y + (1 - momentum) f).
+
+    memory (C, D), features (B, D), labels (B,) int64. The r-th image of every label is done in one
+    step, since different labels never meet.
+    """
+    labels = labels.to(memory.device)
+    nth = (labels[:, None] == labels).tril(-1).sum(1)         # how many of its label came before it
+    for r in range(int(nth.max()) + 1):
+        now = nth == r
+        y = labels[now]
+        f = features[now].to(memory.dtype)
+        memory[y] = F.normalize(momentum * memory[y] + (1 - momentum) * f)
+
+
+def label_quality(labels, pids):
+    """How well pseudo labels (N,) match the true ids (N,): diagnosis only, nothing trains on it.
+
+    -> dict: clusters; outliers; ARI and NMI with every outlier as a cluster of its own; purity, the
+    share of clustered images whose id is the most frequent of their cluster.
+    """
+    inside = labels >= 0
+    alone = np.where(inside, labels, labels.max() + 1 + np.arange(len(labels)))
+    table = metrics.cluster.contingency_matrix(labels[inside], pids[inside], sparse=True)
+    return dict(clusters=len(np.unique(labels[inside])), outliers=int((~inside).sum()),
+                ARI=float(metrics.adjusted_rand_score(pids, alone)),
+                NMI=float(metrics.normalized_mutual_info_score(pids, alone)),
+                purity=float(table.max(1).sum() / max(1, inside.sum())))
+
+
+# ======================================================================================= evaluation
+
+
+def average_precision(hits):
+    """Boolean array, best-ranked first -> mean over the hits of the precision at their rank.
+
+    Not interpolated: hits at ranks 1, 2, 4, 7 give 0.8304 (the Matlab trapezoid gives 0.8110).
+    """
+    ranks = np.flatnonzero(hits) + 1
+    return float(np.mean(np.arange(1, len(ranks) + 1) / ranks)) if len(ranks) else 0.
+
+
+@torch.no_grad()
+def evaluate(query_features, gallery_features, query, gallery, topk=(1, 5, 10), block=256):
+    """Rank the gallery for every query -> dict mAP, rank1, rank5, rank10 (fractions), queries.
+
+    Market-1501's rule: gallery images of the query's person AND camera are ignored; queries without
+    another right answer do not count. Features (Q, D) and (G, D), or any pair whose product ranks.
+    Raises Problem for features that are not finite; warns when equal similarities decide a rank.
+    """
+    for features in (query_features, gallery_features):
+        if not torch.isfinite(features).all():
+            raise Problem("features are not finite: bad weights, or training diverged (lower --lr)")
+    similar = (query_features[s:s + block] @ gallery_features.T for s in
+               range(0, len(query_features), block))
+    return score_ranking(similar, query, gallery, topk, block)
+
+
+def score_ranking(similarities, query, gallery, topk=(1, 5, 10), block=256):
+    """evaluate() for similarities (block, G) that come block of queries by block of queries."""
+    precision, first, tied = [], [], 0
+    for start, similar in zip(range(0, len(query.pids), block), similarities):
+        similar = similar.cpu()
+        same_id = query.pids[start:start + block, None] == gallery.pids
+        same_cam = query.cams[start:start + block, None] == gallery.cams
+        right = torch.from_numpy(same_id & ~same_cam)                             # (block, G)
+        similar.masked_fill_(torch.from_numpy(same_id & same_cam), -math.inf)     # ignored: last
+        similar, right = similar[right.any(1)], right[right.any(1)]
+        value, order = similar.sort(dim=1, descending=True, stable=True)
+        hit = right.gather(1, order)
+        equal = (value[:, 1:] == value[:, :-1]) & (hit[:, 1:] != hit[:, :-1])
+        tied += int(equal.any(1).sum())
+        i, rank = hit.nonzero(as_tuple=True)
+        nth = hit.cumsum(1)[i, rank]                 # this hit is the nth, at this rank (from 0)
+        total = torch.zeros(len(hit), dtype=torch.float64)
+        total.index_add_(0, i, nth.double() / (rank + 1))
+        precision.append(total / hit.sum(1))
+        first.append(hit.int().argmax(1))
+    precision, first = torch.cat(precision), torch.cat(first)
+    if not len(precision):
+        raise Problem("no query has a right answer in another camera: nothing to evaluate")
+    if tied:
+        print(f"warning: {tied} queries have right and wrong answers at equal similarity; ranked "
+              "by name", file=sys.stderr)
+    return dict(mAP=precision.mean().item(),
+                **{f"rank{k}": (first < k).double().mean().item() for k in topk},
+                queries=len(precision))
+
+
+# ===================================================================== seeds, logs and checkpoints
+
+
+def seed_everything(seed):
+    """Same seed, same machine, same numbers. -> the CPU generator that draws batches and crops."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    return torch.Generator().manual_seed(seed)
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def pick_device(name):
+    """One of DEVICES -> torch.device; Problem when it is not there."""
+    have = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if name == "auto":
+        name = "cuda" if have["cuda"] else "mps" if have["mps"] else "cpu"
+    if not have[name]:
+        raise Problem(f"--device {name}: this PyTorch sees none (say --device cpu, or install a "
+                      "PyTorch built for it)")
+    return torch.device(name)
+
+
+class Means:
+    """The mean of each loss term over an epoch, without waiting for the device at every step."""
+
+    def __init__(self):
+        self.sums, self.count = {}, 0
+
+    def add(self, **terms):
+        self.count += 1
+        for name, term in terms.items():
+            if torch.is_tensor(term):  # a term that is switched off is a plain 0
+                self.sums[name] = self.sums.get(name, 0) + term.detach()
+
+    def values(self):
+        """-> dict of floats. Raises Problem when one is not finite: the run diverged."""
+        means = {name: total.item() / self.count for name, total in self.sums.items()}
+        wrong = [name for name, mean in means.items() if not math.isfinite(mean)]
+        if wrong:
+            raise Problem(f"the loss term {wrong[0]} is not finite: training diverged (lower --lr; "
+                          "the last good epoch is kept)")
+        return means
+
+
+class Log:
+    """The record of a run: aligned lines on the screen, JSON lines in `folder`/log.jsonl.
+
+    The first JSON line holds versions, device, commit and every argument. A folder is taken once an
+    epoch was saved in it; what a run left that failed before is replaced. Raises Problem for a
+    folder that is taken or cannot be written.
+    """
+
+    def __init__(self, folder, device, args):
+        self.path, self.start = os.path.join(folder, "log.jsonl"), time.time()
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise Problem(f"{folder} cannot be written: {error} (choose another --out)") from error
+        if os.path.exists(os.path.join(folder, "last.pt")):
+            raise Problem(f"{folder} holds a run already, nothing in it was touched (choose another"
+                          " --out, or delete it)")
+        here = os.path.dirname(os.path.abspath(__file__))
+        try:
+            commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, text=True,
+                                    capture_output=True).stdout.strip()
+        except OSError:  # no git here
+            commit = ""
+        self.header = dict(args=vars(args), device=str(device), threads=torch.get_num_threads(),
+                           commit=commit, python=platform.python_version(), torch=torch.__version__,
+                           torchvision=torchvision.__version__, numpy=np.__version__,
+                           sklearn=sklearn.__version__)
+
+    def write(self, **values):
+        lines = [self.header, values] if self.header else [values]
+        try:
+            with open(self.path, "w" if self.header else "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+        except OSError as error:
+            raise Problem(f"{self.path} cannot be written: {error} (free some space)") from error
+        self.header = None
+
+    def epoch(self, title, labels=None, losses=None, scores=None, **more):
+        """One line a person can read, one line of JSON; empty groups are left out."""
+        seconds = time.time() - self.start
+        text = [f"{title:>12}"]
+        if labels:
+            text.append(f"{labels['clusters']:5d} clusters {labels['outliers']:6d} outliers  ARI "
+                        f"{labels['ARI']:.3f}  purity {labels['purity']:.3f}")
+        if losses:
+            text.append("  ".join(f"{name} {value:6.3f}" for name, value in losses.items()))
+        if scores:
+            text.append(f"mAP {100 * scores['mAP']:5.1f}  R1 {100 * scores['rank1']:5.1f}")
+        self.write(title=title, **more, **(labels or {}), **(losses or {}), **(scores or {}),
+                   seconds=round(seconds, 2))
+        try:
+            tqdm.write(" | ".join(text) + f" | {seconds:6.0f} s", file=sys.stdout)
+        except OSError:  # nobody reads the screen any more (| head): the log goes on
+            pass
+
+
+def save_checkpoint(path, **state):
+    """Write plain values and tensors to `path` in one move: a reader sees the old file or the new
+    one. Raises Problem, and keeps the old file, when that fails."""
+    draft = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(draft, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:
+        if os.path.exists(draft):
+            os.remove(draft)
+        raise Problem(f"{path} cannot be written: {error} (free some space or choose another --out;"
+                      " an earlier file is kept)") from error
+
+
+def load_checkpoint(path, keys=()):
+    """Read what save_checkpoint wrote, never executing anything in it. Problem if it lacks keys."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise Problem(f"{path} cannot be read: {error.strerror} (name a finished run's folder, its "
+                      "last.pt, or a file of weights)") from error
+    except Exception as error:  # torch raises many kinds here; each means a file of no use
+        raise Problem(f"{path} is no checkpoint of tensors and plain values, so it is not read "
+                      f"({type(error).__name__}; choose another file)") from error
+    missing = [key for key in keys if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise Problem(f"{path} is a file of another kind: it has no {', '.join(missing)}")
+    return state
+
+
+def load_encoder(path):
+    """A checkpoint of any page -> the network on the CPU, and the checkpoint's dict.
+
+    Raises Problem for a file that is none, or whose weights do not fit the architecture it names.
+    """
+    state = load_checkpoint(path, ("model", "arch", "parts", "pooling", "size", "data", "root"))
+    size = state["size"]
+    if not (state["parts"] in range(9) and state["pooling"] in ("gem", "avg")
+            and isinstance(state["model"], dict) and isinstance(state["data"], str)
+            and isinstance(state["root"], str) and isinstance(size, (tuple, list))
+            and len(size) == 2 and all(side in range(32, 2049) for side in size)):
+        raise Problem(f"{path} was not written by these pages (choose another file)")
+    model = Encoder(state["arch"], "none", state["parts"], state["pooling"])
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, AttributeError, TypeError) as error:
+        line = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise Problem(f"{path} holds no network of --arch {state['arch']}: {line[:200]}") from error
+    return model, state

@@ -1,0 +1,249 @@
+"""The programs as a person runs them: end to end, the same twice, no leak, and every refusal."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw
+
+import ccsd
+import common
+import eval as scoring
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SHORT = ["--arch", "small", "--weights", "none", "--size", "48", "32", "--epochs", "2",
+         "--iters", "2", "--batch-size", "8", "--num-instances", "2", "--bn-splits", "1",
+         "--eps", ".55", "--k1", "8", "--device", "cpu"]
+
+
+def short(folder, out, *more):
+    return ["--data", str(folder), "--out", str(out), *SHORT, *more]
+
+
+def program(script, *words, cwd=None):
+    return subprocess.run([sys.executable, os.path.join(HERE, script), *map(str, words)], cwd=cwd,
+                          capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """One short run of ccsd.py as a program."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    return out, program("ccsd.py", *short(tiny, out))
+
+
+def test_end_to_end(finished):
+    out, done = finished
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in open(out / "log.jsonl")]
+    assert lines[0]["args"]["eps"] == .55 and lines[0]["device"] == "cpu"
+    assert [line["title"] for line in lines[1:]] == [
+        "start", "warmed up", "epoch 1/2", "epoch 2/2"]
+    assert lines[-1]["epoch"] == 2 and 0 < lines[-1]["mAP"] <= 1 and lines[-1]["queries"] == 12
+    assert all(np.isfinite(lines[-1][term]) for term in ("base", "intra"))
+    assert "epoch 2/2" in done.stdout and "mAP" in done.stdout
+
+
+def test_eval_repeats_the_last_score(finished, tiny):
+    out, _ = finished
+    last = json.loads(open(out / "log.jsonl").readlines()[-1])
+    again = program("eval.py", out, "--json")
+    assert again.returncode == 0, again.stderr
+    scores = json.loads(again.stdout)
+    assert all(scores[key] == last[key] for key in ("mAP", "rank1", "rank5", "rank10", "queries"))
+    table = program("eval.py", out / "last.pt", "--data", tiny, "--rerank")
+    assert table.returncode == 0 and len(table.stdout.splitlines()) == 2
+    assert ("mAP" in table.stdout and " yes " in table.stdout
+            and table.stdout.rstrip().endswith("12"))
+
+
+def weights(out):
+    return common.load_checkpoint(str(out / "last.pt"))["model"]
+
+
+def losses(out):
+    keep = ("base", "intra", "cross", "kd", "mAP", "rank1")
+    return [{k: v for k, v in json.loads(line).items() if k in keep}
+            for line in open(out / "log.jsonl")]
+
+
+@pytest.mark.parametrize("refine", ["none", "split", "reassign", "recluster"])
+def test_every_refinement_and_every_term_runs(refine, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(ccsd, "GROUP_START", 1)
+    scores = ccsd.main(short(tiny, tmp_path / "a", "--refine", refine))
+    terms = {"base"} if refine == "none" else {"base", "intra", "cross", "kd"}
+    assert terms <= losses(tmp_path / "a")[-1].keys() and 0 < scores["mAP"] <= 1
+    if refine == "none":
+        assert "intra" not in losses(tmp_path / "a")[-1]
+
+
+def test_same_seed_same_numbers_and_ids_do_not_leak(tiny, tmp_path, monkeypatch):
+    """A second run whose training ids were permuted in memory is equal to the last bit."""
+    monkeypatch.setattr(ccsd, "GROUP_START", 0)
+    ccsd.main(short(tiny, tmp_path / "a"))
+    load = common.load
+
+    def permuted(*args):
+        train, query, gallery = load(*args)
+        return train._replace(pids=np.random.default_rng(0).permutation(train.pids)), query, gallery
+    monkeypatch.setattr(common, "load", permuted)
+    ccsd.main(short(tiny, tmp_path / "b"))
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    ccsd.main(short(tiny, tmp_path / "c", "--true-ids"))           # here, and only here, ids matter
+    ccsd.main(short(tiny, tmp_path / "d", "--seed", "1"))
+    for other in "cd":
+        assert not torch.equal(a["necks.0.weight"], weights(tmp_path / other)["necks.0.weight"])
+
+
+def test_bn_splits_see_their_own_statistics(tiny, tmp_path):
+    ccsd.main(short(tiny, tmp_path / "a"))
+    ccsd.main(short(tiny, tmp_path / "b", "--bn-splits", "2"))
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert b["necks.0.num_batches_tracked"] > a["necks.0.num_batches_tracked"]
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+BAD_FLAGS = {
+    "--epochs 0": "--epochs", "--epochs two": "--epochs", "--lr nan": "--lr", "--lr -1": "--lr",
+    "--momentum 1.5": "--momentum", "--eps inf": "--eps", "--seed -1": "--seed",
+    "--nonsense": "--nonsense", "--batch-size 9": "--batch-size", "--bn-splits 3": "--bn-splits",
+    "--refine best": "--refine", "--arch vgg": "--arch", "--device tpu": "--device",
+    "--batch-size 512": "--batch-size", "--bn-splits 8": "--bn-splits", "--size 8 8": "--size",
+    "--temp 0": "--temp", "--kd": "--kd",
+    "--weights nowhere.pth": "nowhere.pth", "--seed 4294967296": "--seed",
+    "--size 32 4096": "--size", "--true-ids --refine reassign": "--true-ids",
+    "--base 0 --refine none": "--base", "--lr 1e30": "--lr", "--iters 99999999999": "--iters",
+    "--data /nowhere": "/nowhere",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flags(flags, tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        common.run(lambda: ccsd.main(short(tiny, tmp_path / "out", *flags.split())))
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(error) == 1 and BAD_FLAGS[flags] in error[0]
+    assert not (tmp_path / "out" / "log.jsonl").exists()  # the folder stays free for a new try
+
+
+def test_bad_data(tmp_path):
+    folder = draw(tmp_path / "d", train=3, test=2, cameras=2, shots=2)
+
+    def refuse(*more, says):
+        done = program("ccsd.py", *short(folder, tmp_path / "out", *more))
+        errors = [line for line in re.split(r"[\r\n]+", done.stderr) if line.startswith("error: ")]
+        assert (done.returncode == 2 and len(errors) == 1
+                and "Traceback" not in done.stderr), done.stderr
+        assert re.search(says, errors[0]), errors[0]
+    refuse("--batch-size", "16", says="12 training images.*--batch-size")  # fewer than P x K
+    few = ["--batch-size", "4"]
+    image = folder / "bounding_box_train" / "0001_c1s1_000000_00.jpg"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:300])
+    refuse(*few, says="0001_c1s1_000000_00.jpg: cannot be read")
+    image.write_bytes(whole)
+    (folder / "query" / "somebody.jpg").write_bytes(whole)
+    refuse(*few, says="somebody.jpg")
+    os.remove(folder / "query" / "somebody.jpg")
+    refuse(*few, "--eps", ".01", says="0 clusters and 12 outliers.*--eps 0.01")
+    refuse(*few, "--eps", "1", says="1 clusters and 0 outliers.*--eps 1")
+    for path in (folder / "bounding_box_train").iterdir():
+        if "_c2" in path.name:
+            os.remove(path)
+    refuse("--batch-size", "2", says="one camera.*--refine none")
+    for path in (folder / "bounding_box_train").iterdir():
+        os.remove(path)
+    refuse(*few, says="train split holds no images")
+
+
+def test_taken_folder_and_foreign_checkpoints(finished, tiny, tmp_path):
+    out, _ = finished
+    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+    done = program("ccsd.py", *short(tiny, out))
+    assert done.returncode == 2 and "--out" in done.stderr and "Traceback" not in done.stderr
+    assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
+    for path, says in ((tmp_path / "none.pt", "none.pt"), (HERE, "last.pt"),
+                       (out / "log.jsonl", "log.jsonl")):
+        done = program("eval.py", path)
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_one_camera_is_enough_for_the_baseline(tmp_path):
+    folder = draw(tmp_path / "d", train=6, test=3, cameras=2, shots=4)
+    for path in (folder / "bounding_box_train").iterdir():
+        if "_c2" in path.name:
+            os.remove(path)
+    ccsd.main(short(folder, tmp_path / "out", "--refine", "none", "--batch-size", "4",
+                    "--eps", ".5"))
+
+
+# --------------------------------------------------------------------------------------- re-ranking
+
+def dense_rerank(query, gallery, k1, k2, lam):
+    """Zhong et al. (CVPR 2017), one image at a time in float64."""
+    f = torch.cat([query, gallery]).double().numpy()
+    n, distance = len(f), 2 - 2 * f @ f.T
+    rank = [sorted(range(n), key=lambda j: (j != i, distance[i, j], j)) for i in range(n)]
+    distance = distance / distance.max(1, keepdims=True)
+
+    def reciprocal(i, k):
+        return {j for j in rank[i][:k + 1] if i in rank[j][:k + 1]}
+    v = np.zeros((n, n))
+    for i in range(n):
+        grown = set(reciprocal(i, k1))
+        for c in reciprocal(i, k1):
+            close = reciprocal(c, round(k1 / 2))
+            if len(close & reciprocal(i, k1)) > 2 / 3 * len(close):
+                grown |= close
+        members = sorted(grown)
+        v[i, members] = np.exp(-distance[i, members])
+        v[i] /= v[i].sum()
+    v = np.array([v[rank[i][:k2]].mean(0) for i in range(n)])
+    q = len(query)
+    shared = np.array([[np.minimum(a, b).sum() for b in v[q:]] for a in v[:q]])
+    return (1 - lam) * (1 - shared / (2 - shared)) + lam * distance[:q, q:]
+
+
+@pytest.mark.parametrize("k1, k2, lam", [(20, 6, .3), (5, 1, 0), (60, 3, .5)])
+def test_rerank(k1, k2, lam):
+    g = torch.Generator().manual_seed(0)
+    centres = torch.randn(9, 12, generator=g)
+    features = torch.nn.functional.normalize(centres[torch.arange(70) % 9]
+                                             + torch.randn(70, 12, generator=g))
+    query, gallery = features[:20], features[20:]
+    blocks = list(scoring.rerank(query, gallery, k1, k2, lam, block=8))
+    assert [len(part) for part in blocks] == [8, 8, 4]
+    np.testing.assert_allclose(-torch.cat(blocks).numpy(),
+                               dense_rerank(query, gallery, k1, k2, lam), atol=2e-6)
+
+
+# --------------------------------------------------------------------------------------- the README
+
+def test_every_command_of_the_readme_parses():
+    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read() + ccsd.__doc__
+    commands = re.findall(r"python (ccsd|eval)\.py([^\n`#|]*)", text)
+    assert len(commands) > 8
+    for page, words in commands:
+        words = [word for word in shlex.split(re.split(r"\s{3,}", words)[0])]
+        if "--help" not in words:
+            dict(ccsd=ccsd, eval=scoring)[page].get_args(words)
+    assert "python -m pytest" in text
+    with open(os.path.join(HERE, ".ci", "run"), encoding="utf-8") as file:
+        assert "python -m pytest -q tests" in file.read()
+
+
+@pytest.mark.parametrize("page", ["ccsd.py", "eval.py"])
+def test_help(page):
+    done = program(page, "--help")
+    assert done.returncode == 0 and "--data" in done.stdout and "None)" not in done.stdout
+
+
