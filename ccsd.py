@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 import common
 
-SETTINGS = {  # per data set, flags but for lr_drop: lr x 0.1 every so many epochs; 0: cosine to 0
+SETTINGS = {  # the flags' defaults per data set
     "toy": dict(arch="small", weights="none", size=(96, 48), eps=.45, k1=20, epochs=20, iters=24,
                 batch_size=64, num_instances=4, lr=1e-3, lr_drop=0, bn_splits=1, eval_every=5),
     "market1501": dict(arch="resnet50", weights="imagenet", size=(256, 128), eps=.6, k1=30,
@@ -93,22 +93,12 @@ def get_args(argv=None):
     add("--batch-size", type=number(int, 2), help="P x K images (%(default)s / 256)")
     add("--num-instances", type=number(int, 1), help="K, images of a cluster (%(default)s / 16)")
     add("--lr", type=number(float, 0), help="step size of Adam (%(default)s / 3.5e-4)")
+    add("--lr-drop", type=number(int, 0), help="epochs after which lr falls to a tenth, again and "
+        "again; 0: along a cosine to 0 (%(default)s / 20)")
     add("--bn-splits", type=number(int, 1), help="chunks of a batch with batch-norm statistics of "
         "their own (%(default)s / 4, the number of GPUs)")
     add("--eval-every", type=number(int, 1), help="epochs between evaluations (%(default)s)")
-    add = parser.add_argument_group("run").add_argument
-    add("--data", default="toy", help="a folder, or one of " + ", ".join(common.DATASETS) +
-        " (%(default)s); sets the other defaults, those of market1501 for a folder")
-    add("--root", default="data", help="where data sets live (%(default)s)")
-    add("--out", help="folder of the run (runs/ccsd-DATA-sSEED)")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all chance (%(default)s)")
-    add("--device", default="auto", choices=common.DEVICES, help="(%(default)s)")
-    add("--arch", choices=common.ARCHS, help="network (%(default)s)")
-    add("--weights", help="imagenet, a torchvision FILE, or none: from random weights, with N6 "
-        "(%(default)s)")
-    add("--size", type=number(int, 32, 2048), nargs=2, metavar=("H", "W"),
-        help="height and width of an image (%(default)s / 256 128)")
-    add("--true-ids", action="store_true", help="no clustering, the true ids: the upper bound")
+    common.add_run_flags(parser)
     args = common.parse(parser, argv, "ccsd", SETTINGS)
     if args.true_ids and args.refine in ("reassign", "recluster"):
         raise common.Problem(f"--true-ids: nothing to --refine {args.refine} (say split or none)")

@@ -69,6 +69,23 @@ def number(kind, low, high=10**9):
     return convert
 
 
+def add_run_flags(parser):
+    """The flags of every page that no paper is about."""
+    add = parser.add_argument_group("run").add_argument
+    add("--data", default="toy", help="a folder, or one of " + ", ".join(DATASETS) +
+        " (%(default)s); sets the other defaults, those of market1501 for a folder")
+    add("--root", default="data", help="where data sets live (%(default)s)")
+    add("--out", help="folder of the run (runs/METHOD-DATA-sSEED)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all chance (%(default)s)")
+    add("--device", default="auto", choices=DEVICES, help="(%(default)s)")
+    add("--arch", choices=ARCHS, help="network (%(default)s)")
+    add("--weights", help="imagenet, a torchvision FILE, or none: from random weights, with a "
+        "warm-up, colour jitter and centring per camera (%(default)s)")
+    add("--size", type=number(int, 32, 2048), nargs=2, metavar=("H", "W"),
+        help="height and width of an image (%(default)s / 256 128)")
+    add("--true-ids", action="store_true", help="no clustering, the true ids: the upper bound")
+
+
 def parse(parser, argv, method, settings):
     """Parse argv with the defaults of its --data (those of market1501 for other folders), and check
     what flags must share. Raises Problem."""
@@ -83,6 +100,7 @@ def parse(parser, argv, method, settings):
     if args.batch_size // args.bn_splits < 2:
         raise Problem(f"--bn-splits {args.bn_splits} leaves batch norm one image (lower it)")
     folder = os.path.basename(os.path.normpath(args.data))
+    args.size = tuple(args.size)
     args.out = args.out or os.path.join("runs", f"{method}-{folder}-s{args.seed}")
     return args
 
@@ -733,11 +751,13 @@ def warm_up(model, images, cams, generator, epochs=4, batch_size=96, lr=1e-3, te
             batch = images[index].to(device)
             views = [augment(batch, generator, jitter=jitter) for _ in range(2)]
             features = model(torch.cat(views))                                    # (2B, D)
-            logits = features @ features.T / temp                                 # (2B, 2B)
             camera = cams[index.to(device)].repeat(2)
-            logits.masked_fill_(camera[:, None] != camera, -math.inf).fill_diagonal_(-math.inf)
             twin = torch.arange(len(camera), device=device).roll(len(index))
-            loss = F.cross_entropy(logits, twin)
+            loss = 0
+            for view in features if model.parts else [features]:
+                logits = view @ view.T / temp                                     # (2B, 2B)
+                logits.masked_fill_(camera[:, None] != camera, -math.inf)
+                loss = loss + F.cross_entropy(logits.fill_diagonal_(-math.inf), twin)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -1126,6 +1146,27 @@ def save_checkpoint(path, **state):
                       " an earlier file is kept)") from error
 
 
+def finished(folder, args, free=()):
+    """-> the checkpoint of `folder` if its run came to its end with these args, None if there is
+    none. Raises Problem if it stopped before, or for flags other than those in `free` that differ.
+    """
+    path = os.path.join(folder, "last.pt")
+    if not os.path.exists(path):
+        return None
+    state = load_checkpoint(path, ("epoch", "scores", *vars(args)))
+    free = (*free, "root", "device", "eval_every")
+    other = [f"--{flag.replace('_', '-')} {state[flag]}, now {value}"
+             for flag, value in vars(args).items() if flag not in free and state[flag] != value]
+    if other:
+        raise Problem(f"{folder} holds a run with other flags: {'; '.join(other)} (choose another "
+                      "--out, or delete it)")
+    if state["epoch"] != args.epochs:
+        raise Problem(f"{folder} holds a run that stopped after epoch {state['epoch']} of "
+                      f"{args.epochs} (choose another --out, or delete it)")
+    print(f"{folder}: finished before, mAP {100 * state['scores']['mAP']:.1f}, nothing to do")
+    return state
+
+
 def load_checkpoint(path, keys=()):
     """Read what save_checkpoint wrote, never executing anything in it. Problem if it lacks keys."""
     try:
@@ -1149,11 +1190,13 @@ def load_encoder(path):
 
     Raises Problem for a file that is none, or whose weights do not fit the architecture it names.
     """
-    state = load_checkpoint(path, ("model", "arch", "parts", "pooling", "size", "data", "root"))
+    state = load_checkpoint(path, ("model", "arch", "parts", "pooling", "size", "data", "root",
+                                   "epoch", "epochs"))
     size = state["size"]
     if not (state["parts"] in range(9) and state["pooling"] in ("gem", "avg")
             and isinstance(state["model"], dict) and isinstance(state["data"], str)
             and isinstance(state["root"], str) and isinstance(size, (tuple, list))
+            and isinstance(state["epoch"], int) and isinstance(state["epochs"], int)
             and len(size) == 2 and all(side in range(32, 2049) for side in size)):
         raise Problem(f"{path} was not written by these pages (choose another file)")
     model = Encoder(state["arch"], "none", state["parts"], state["pooling"])

@@ -68,6 +68,8 @@ def main(argv=None):
     _, query, gallery = common.load(name, args.root or state["root"])
     features = [common.extract_features(model.to(device), common.read_images(split, *state["size"]))
                 for split in (query, gallery)]
+    if model.parts:
+        features = [views[0] for views in features]  # the global feature
     if args.rerank:
         scores = common.score_ranking(rerank(*features), query, gallery)
     else:

@@ -1,14 +1,44 @@
 """Shared by the tests: the pages are importable, and a data set of a few drawn people is at hand.
 """
 
+import json
 import os
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, HERE)
 import common  # noqa: E402
+
+SHORT = ["--arch", "small", "--weights", "none", "--size", "64", "32", "--epochs", "2",
+         "--iters", "2", "--batch-size", "8", "--num-instances", "2", "--bn-splits", "1",
+         "--eps", ".55", "--k1", "8", "--device", "cpu"]
+
+
+def short(folder, out, *more):
+    """The flags of a run of seconds."""
+    return ["--data", str(folder), "--out", str(out), *SHORT, *more]
+
+
+def program(script, *words, cwd=None):
+    """Run a page as a person does."""
+    return subprocess.run([sys.executable, os.path.join(HERE, script), *map(str, words)], cwd=cwd,
+                          capture_output=True, text=True)
+
+
+def weights(out):
+    return common.load_checkpoint(os.path.join(out, "last.pt"))["model"]
+
+
+def losses(out):
+    """The lines of a log without its header, without seconds, without what the true ids say."""
+    with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    known = ("seconds", "ARI", "NMI", "purity", "unrefined_ARI")
+    return [{k: v for k, v in line.items() if k not in known} for line in lines[1:]]
 
 
 def draw(folder, train=8, test=4, cameras=3, shots=3):

@@ -4,31 +4,17 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import draw
+from conftest import HERE, draw, losses, program, short, weights
 
 import ccsd
 import common
 import eval as scoring
-
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SHORT = ["--arch", "small", "--weights", "none", "--size", "48", "32", "--epochs", "2",
-         "--iters", "2", "--batch-size", "8", "--num-instances", "2", "--bn-splits", "1",
-         "--eps", ".55", "--k1", "8", "--device", "cpu"]
-
-
-def short(folder, out, *more):
-    return ["--data", str(folder), "--out", str(out), *SHORT, *more]
-
-
-def program(script, *words, cwd=None):
-    return subprocess.run([sys.executable, os.path.join(HERE, script), *map(str, words)], cwd=cwd,
-                          capture_output=True, text=True)
+import mskd
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +47,6 @@ def test_eval_repeats_the_last_score(finished, tiny):
     assert table.returncode == 0 and len(table.stdout.splitlines()) == 2
     assert ("mAP" in table.stdout and " yes " in table.stdout
             and table.stdout.rstrip().endswith("12"))
-
-
-def weights(out):
-    return common.load_checkpoint(str(out / "last.pt"))["model"]
-
-
-def losses(out):
-    keep = ("base", "intra", "cross", "kd", "mAP", "rank1")
-    return [{k: v for k, v in json.loads(line).items() if k in keep}
-            for line in open(out / "log.jsonl")]
 
 
 @pytest.mark.parametrize("refine", ["none", "split", "reassign", "recluster"])
@@ -229,19 +205,20 @@ def test_rerank(k1, k2, lam):
 # --------------------------------------------------------------------------------------- the README
 
 def test_every_command_of_the_readme_parses():
-    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read() + ccsd.__doc__
-    commands = re.findall(r"python (ccsd|eval)\.py([^\n`#|]*)", text)
+    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    text += ccsd.__doc__ + mskd.__doc__
+    commands = re.findall(r"python (ccsd|mskd|eval)\.py([^\n`#|]*)", text)
     assert len(commands) > 8
     for page, words in commands:
         words = [word for word in shlex.split(re.split(r"\s{3,}", words)[0])]
         if "--help" not in words:
-            dict(ccsd=ccsd, eval=scoring)[page].get_args(words)
+            dict(ccsd=ccsd, mskd=mskd, eval=scoring)[page].get_args(words)
     assert "python -m pytest" in text
     with open(os.path.join(HERE, ".ci", "run"), encoding="utf-8") as file:
         assert "python -m pytest -q tests" in file.read()
 
 
-@pytest.mark.parametrize("page", ["ccsd.py", "eval.py"])
+@pytest.mark.parametrize("page", ["ccsd.py", "mskd.py", "eval.py"])
 def test_help(page):
     done = program(page, "--help")
     assert done.returncode == 0 and "--data" in done.stdout and "None)" not in done.stdout

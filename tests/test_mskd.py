@@ -1,0 +1,226 @@
+"""The own functions of mskd.py against loops in float64, and its two stages end to end."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import losses, program, short, weights
+from test_common import dense_jaccard
+
+import common
+import mskd
+
+
+@pytest.fixture(scope="module")
+def both(tiny, tmp_path_factory):
+    """Both stages, once, as a program. -> the folder of the run and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "mskd"
+    return out, program("mskd.py", *short(tiny, out))
+
+
+# ------------------------------------------------------------------------------------ its functions
+
+def views(n, width=12, people=6, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    centres = torch.randn(3, people, width, generator=g)
+    return F.normalize(centres[:, torch.arange(n) % people]
+                       + .6 * torch.randn(3, n, width, generator=g), dim=2)
+
+
+@pytest.mark.parametrize("l1", [0, .15, .5])
+@pytest.mark.parametrize("n, k1", [(60, 12), (90, 20), (9, 30)])
+def test_mixed_distance_is_the_mix_of_three_dense_ones(n, k1, l1):
+    features = views(n)
+    features[:, 1] = features[:, 0]                                # a duplicate image
+    sparse = mskd.mixed_distance(features, k1, l1)
+    got = np.ones((n, n))
+    got[np.repeat(np.arange(n), np.diff(sparse.indptr)), sparse.indices] = sparse.data
+    g, u, d = (dense_jaccard(view, k1, 6) for view in features)
+    wanted = (1 - 2 * l1) * g + l1 * u + l1 * d
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    assert (sparse.diagonal() < 1e-6).all() and sparse.nnz < n * n or n == 9
+    for eps in (.35, .45, .6):
+        dense = common.DBSCAN(eps=eps + 1e-5, min_samples=4, metric="precomputed").fit(wanted)
+        if dense.labels_.max() > 0:
+            assert (common.dbscan(sparse, eps) == dense.labels_).all()
+
+
+def double(*shape, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, dtype=torch.float64, generator=g), dim=-1)
+
+
+def test_view_losses_and_distillation_losses():
+    q, t, memory = double(3, 8, 5), double(3, 8, 5, seed=1), double(3, 4, 5, seed=2)
+    k, fast, slow = torch.arange(8) % 4, q.clone().requires_grad_(), q.clone().requires_grad_()
+    t.requires_grad_()
+    got = [*mskd.view_losses(fast, memory, k, .05), *mskd.distillation_losses(fast, t)]
+    wanted = []
+    for v in range(3):
+        total = 0
+        for i in range(8):
+            s = [(slow[v, i] * m).sum() / .05 for m in memory[v]]
+            total = total - s[k[i]] + torch.log(sum(x.exp() for x in s))
+        wanted.append(total / 8)
+    for v in range(3):
+        wanted.append(sum(sum((slow[v, i, j] - t[v, i, j].detach()) ** 2 for j in range(5))
+                          for i in range(8)) / 8)
+    for a, b in zip(got, wanted):
+        assert abs(a.item() - b.item()) < 1e-9
+        ga, gb = (torch.autograd.grad(x, y, retain_graph=True)[0] for x, y in ((a, fast), (b, slow)))
+        torch.testing.assert_close(ga, gb, atol=1e-9, rtol=1e-9)
+        assert ga.abs().sum() > 0
+    assert not torch.autograd.grad(sum(got), t, allow_unused=True)[0]  # the teacher learns nothing
+
+
+# --------------------------------------------------------------------------------------- both stages
+
+def test_end_to_end_and_a_second_run_does_nothing(both, tiny):
+    out, done = both
+    assert done.returncode == 0, done.stderr
+    teacher, student = losses(out / "teacher"), losses(out)
+    assert [line["title"] for line in teacher] == ["start", "warmed up", "epoch 1/2", "epoch 2/2"]
+    assert [line["title"] for line in student] == ["start", "warmed up", "epoch 0/2", "epoch 1/2",
+                                                   "epoch 2/2"]
+    assert "D_g" not in teacher[-1] and {"L_g", "L_u", "L_d", "D_g", "D_u", "D_d"} <= {*student[-1]}
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert {str(path.relative_to(out)) for path in files} == {
+        "last.pt", "log.jsonl", os.path.join("teacher", "last.pt"),
+        os.path.join("teacher", "log.jsonl")}
+    again = program("mskd.py", *short(tiny, out))
+    assert again.returncode == 0 and again.stdout.count("nothing to do") == 2
+    assert files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for folder in (out, out / "teacher"):                          # scored with the global feature
+        scores = json.loads(program("eval.py", folder, "--json").stdout)
+        assert scores["mAP"] == losses(folder)[-1]["mAP"]
+
+
+def test_stages_alone_equal_both(both, tiny, tmp_path):
+    out, _ = both
+    mskd.main(short(tiny, tmp_path, "--stage", "teacher"))
+    assert not (tmp_path / "last.pt").exists()
+    mskd.main(short(tiny, tmp_path, "--stage", "student"))
+    for folder in (".", "teacher"):
+        a, b = weights(out / folder), weights(tmp_path / folder)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        assert losses(out / folder) == losses(tmp_path / folder)
+
+
+def test_ids_do_not_leak(both, tiny, tmp_path, monkeypatch):
+    load = common.load
+
+    def permuted(*args):
+        train, query, gallery = load(*args)
+        return train._replace(pids=np.random.default_rng(0).permutation(train.pids)), query, gallery
+    monkeypatch.setattr(common, "load", permuted)
+    mskd.main(short(tiny, tmp_path))
+    a, b = weights(both[0]), weights(tmp_path)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    mskd.main(short(tiny, tmp_path / "c", "--true-ids"))           # here, and only here, ids matter
+    assert not torch.equal(a["necks.0.weight"], weights(tmp_path / "c")["necks.0.weight"])
+
+
+def test_the_student_round_by_round(both, tiny, tmp_path, monkeypatch):
+    """Total loss, learning rate, memories and whose features: as methods and schedule say."""
+    total, rates, updates, terms, extracted = [], [], [], [], []
+    backward, step = torch.Tensor.backward, torch.optim.Adam.step
+    update, extract, add = common.update_memory, common.extract_features, common.Means.add
+
+    def note(record, call, what=lambda *args: None):
+        def wrapped(*args, **more):
+            record.append(what(*args, **more))
+            return call(*args, **more)
+        return wrapped
+    monkeypatch.setattr(common, "warm_up", lambda *args: None)
+    monkeypatch.setattr(torch.Tensor, "backward", note(total, backward, lambda x: x.item()))
+    monkeypatch.setattr(torch.optim.Adam, "step", note(
+        rates, step, lambda self, *more: self.param_groups[0]["lr"]))
+    monkeypatch.setattr(common, "update_memory", note(
+        updates, update, lambda memory, *more: len(total)))
+    monkeypatch.setattr(common, "extract_features", note(
+        extracted, extract, lambda model, images: next(model.parameters()).requires_grad))
+    monkeypatch.setattr(common.Means, "add", note(
+        terms, add, lambda self, **t: {k: float(torch.as_tensor(v).detach()) for k, v in t.items()}))
+    mskd.main(short(tiny, tmp_path, "--teacher", str(both[0] / "teacher"), "--l2", ".3", "--mu",
+                    "2", "--lr-drop", "2", "--lr", "1e-3", "--epochs", "3", "--eval-every", "3"))
+    assert len(total) == 2 * 2 + 3 * 2                             # the first round is twice as long
+    np.testing.assert_allclose(rates, [1e-3] * 6 + [1e-4] * 4)     # the drops count that round
+    assert updates == [n for n in range(5, 11) for _ in range(3)]  # it leaves its memories alone
+    for value, t in zip(total, terms):
+        wanted = (.7 * (t["L_g"] + 2 * t["D_g"]) + .3 * (t["L_u"] + 2 * t["D_u"])
+                  + .3 * (t["L_d"] + 2 * t["D_d"]))
+        assert abs(value - wanted) < 1e-6 * wanted
+    # queries and gallery twice, the teacher's features of the training images, queries and gallery,
+    # the student's features for each epoch, queries and gallery
+    assert extracted == [True] * 4 + [False] + [True] * 2 + [True] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize("mode", ["batch", "running"])
+def test_nothing_changes_the_teacher(mode, both, tiny, tmp_path, monkeypatch):
+    kept = []
+    load = mskd.load_teacher
+    monkeypatch.setattr(mskd, "load_teacher", lambda *args: kept.append(load(*args)) or kept[0])
+    teacher = both[0] / "teacher"
+    mskd.main(short(tiny, tmp_path, "--teacher", str(teacher), "--teacher-bn", mode))
+    before, after = weights(teacher), kept[0].state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before
+               if not key.endswith("num_batches_tracked"))
+    assert kept[0].training == (mode == "batch")
+    if mode == "running":
+        assert losses(tmp_path)[-1]["D_g"] != losses(both[0])[-1]["D_g"]
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+def test_teachers_that_are_refused(both, tiny, tmp_path, capsys):
+    out, _ = both
+    teacher = out / "teacher" / "last.pt"
+
+    def refuse(*more, says):
+        with pytest.raises(SystemExit) as stop:
+            common.run(lambda: mskd.main(short(tiny, tmp_path / "out", *map(str, more))))
+        errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert stop.value.code == 2 and len(errors) == 1 and all(x in errors[0] for x in says)
+        assert not (tmp_path / "out" / "last.pt").exists()
+    refuse("--stage", "student", says=["no teacher", "--stage teacher"])
+    refuse("--stage", "teacher", "--teacher", teacher.parent, says=["--teacher", "--stage"])
+    refuse("--teacher", teacher.parent, "--size", "96", "32", says=["--size (64, 32)", "(96, 32)"])
+    refuse("--teacher", teacher.parent, "--arch", "resnet18", says=["--arch small", "resnet18"])
+    refuse("--size", "80", "32", says=["--size 80", "multiple of 32"])
+    refuse("--l1", ".6", says=["--l1"])
+    state = common.load_checkpoint(str(teacher))
+    for name, change, says in (("early", dict(epoch=1), "epoch 1 of 2"),
+                               ("whole", dict(parts=0), "halves")):
+        (tmp_path / name).mkdir()
+        model = common.Encoder("small", "none", change.get("parts", 2)).state_dict()
+        common.save_checkpoint(str(tmp_path / name / "last.pt"),
+                               **{**state, "model": model, **change})
+        refuse("--teacher", tmp_path / name, says=[name, says])
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "last.pt").write_bytes(teacher.read_bytes()[:5000])
+    refuse("--teacher", tmp_path / "half", says=["half", "cannot be read"])
+
+
+def test_a_finished_stage_with_other_flags_is_refused(both, tiny, capsys):
+    out, _ = both
+    before = (out / "last.pt").read_bytes(), (out / "teacher" / "last.pt").read_bytes()
+    for more, says in ((["--eps", ".5"], "--eps 0.55, now 0.5"), (["--mu", "3"], "--mu 1, now 3"),
+                       (["--epochs", "4"], "--epochs 2, now 4")):
+        with pytest.raises(SystemExit) as stop:
+            common.run(lambda: mskd.main(short(tiny, out, *more)))
+        assert stop.value.code == 2 and says in capsys.readouterr().err
+    assert before == ((out / "last.pt").read_bytes(), (out / "teacher" / "last.pt").read_bytes())
+
+
+def test_settings_and_flags():
+    toy, market = mskd.get_args([]), mskd.get_args(["--data", "market1501"])
+    msmt = mskd.get_args(["--data", "msmt17"])
+    assert (toy.arch, toy.weights, toy.out) == ("small", "none", os.path.join("runs", "mskd-toy-s0"))
+    assert (market.l1, market.l2, market.mu, market.eps, market.iters, market.epochs, market.lr,
+            market.lr_drop, market.bn_splits, market.batch_size, market.num_instances, market.k1,
+            market.temp, market.momentum, market.teacher_bn) == (
+        .15, .2, 1, .6, 200, 50, 3.5e-4, 20, 4, 256, 16, 30, .05, .1, "batch")  # the authors' code
+    assert (msmt.eps, msmt.iters, msmt.l1) == (.7, 400, .15)
