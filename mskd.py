@@ -98,8 +98,8 @@ def get_args(argv=None):
     common.add_run_flags(parser)
     args = common.parse(parser, argv, "mskd", SETTINGS)
     if args.teacher and args.stage == "teacher":
-        raise common.Problem("--teacher names a finished teacher, so --stage teacher has nothing to "
-                             "do (leave one out)")
+        raise common.Problem("--teacher names a finished teacher, which leaves nothing to --stage "
+                             "teacher (leave one out)")
     if math.ceil(args.size[0] / 16) % 2:
         raise common.Problem(f"--size {args.size[0]}: the network's map has an odd number of rows, "
                              "so no two halves (make the height a multiple of 32)")

@@ -135,15 +135,17 @@ def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
         common.Encoder("resnet50", "imagenet")
 
 
-def test_warm_up_loss_ignores_other_cameras():
+@pytest.mark.parametrize("parts", [0, 2])
+def test_warm_up_loss_ignores_other_cameras(parts):
     """One step of warm_up equals one step on the loss written as a double loop."""
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.f = nn.Linear(3 * 8 * 4, 5)
+            self.f, self.parts = nn.Linear(3 * 8 * 4, 5 * (1 + parts)), parts
 
         def forward(self, x):
-            return F.normalize(self.f(x.flatten(1)))
+            views = F.normalize(self.f(x.flatten(1)).view(len(x), 1 + parts, 5), dim=2)
+            return views.transpose(0, 1) if parts else views[:, 0]
     torch.manual_seed(0)
     model, twin = Net().double(), Net().double()
     twin.load_state_dict(model.state_dict())
@@ -161,11 +163,12 @@ def test_warm_up_loss_ignores_other_cameras():
         common.warm_up(model, images, cams, g, epochs=1, lr=.01)
     finally:
         common.augment = augment
-    f, c = twin(torch.cat(seen)), np.tile(cams[order], 2)
+    views, c = twin(torch.cat(seen)), np.tile(cams[order], 2)
     loss = 0
-    for i in range(12):
-        rivals = [torch.exp(f[i] @ f[j] / .1) for j in range(12) if j != i and c[j] == c[i]]
-        loss -= torch.log(torch.exp(f[i] @ f[(i + 6) % 12] / .1) / sum(rivals)) / 12
+    for f in views if parts else [views]:
+        for i in range(12):
+            rivals = [torch.exp(f[i] @ f[j] / .1) for j in range(12) if j != i and c[j] == c[i]]
+            loss -= torch.log(torch.exp(f[i] @ f[(i + 6) % 12] / .1) / sum(rivals)) / 12
     optimizer = torch.optim.Adam(twin.parameters(), .01)
     loss.backward()
     optimizer.step()
@@ -491,7 +494,8 @@ def test_load_encoder(tmp_path):
     again, state = common.load_encoder(str(tmp_path / "a.pt"))
     x = torch.randn(2, 3, 96, 48)
     for wrong in (dict(size="48"), dict(size=(8, 8)), dict(parts="2"), dict(pooling="max"),
-                  dict(data=3), dict(arch="vgg"), dict(epoch="1"), dict(model=None), dict(model={1: 2})):
+                  dict(data=3), dict(arch="vgg"), dict(epoch="1"), dict(model=None),
+                  dict(model={1: 2})):
         state = dict(dict(model=model.state_dict(), arch="small", **about), **wrong)
         common.save_checkpoint(str(tmp_path / "c.pt"), **state)
         with pytest.raises(common.Problem):

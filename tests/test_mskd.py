@@ -70,13 +70,14 @@ def test_view_losses_and_distillation_losses():
                           for i in range(8)) / 8)
     for a, b in zip(got, wanted):
         assert abs(a.item() - b.item()) < 1e-9
-        ga, gb = (torch.autograd.grad(x, y, retain_graph=True)[0] for x, y in ((a, fast), (b, slow)))
+        ga, gb = (torch.autograd.grad(x, y, retain_graph=True)[0]
+                  for x, y in ((a, fast), (b, slow)))
         torch.testing.assert_close(ga, gb, atol=1e-9, rtol=1e-9)
         assert ga.abs().sum() > 0
     assert not torch.autograd.grad(sum(got), t, allow_unused=True)[0]  # the teacher learns nothing
 
 
-# --------------------------------------------------------------------------------------- both stages
+# -------------------------------------------------------------------------------------- both stages
 
 def test_end_to_end_and_a_second_run_does_nothing(both, tiny):
     out, done = both
@@ -143,10 +144,10 @@ def test_the_student_round_by_round(both, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "extract_features", note(
         extracted, extract, lambda model, images: next(model.parameters()).requires_grad))
     monkeypatch.setattr(common.Means, "add", note(
-        terms, add, lambda self, **t: {k: float(torch.as_tensor(v).detach()) for k, v in t.items()}))
+        terms, add, lambda self, **t: {k: torch.as_tensor(v).item() for k, v in t.items()}))
     mskd.main(short(tiny, tmp_path, "--teacher", str(both[0] / "teacher"), "--l2", ".3", "--mu",
                     "2", "--lr-drop", "2", "--lr", "1e-3", "--epochs", "3", "--eval-every", "3"))
-    assert len(total) == 2 * 2 + 3 * 2                             # the first round is twice as long
+    assert len(total) == 2 * 2 + 3 * 2                            # the first round is twice as long
     np.testing.assert_allclose(rates, [1e-3] * 6 + [1e-4] * 4)     # the drops count that round
     assert updates == [n for n in range(5, 11) for _ in range(3)]  # it leaves its memories alone
     for value, t in zip(total, terms):
@@ -218,7 +219,7 @@ def test_a_finished_stage_with_other_flags_is_refused(both, tiny, capsys):
 def test_settings_and_flags():
     toy, market = mskd.get_args([]), mskd.get_args(["--data", "market1501"])
     msmt = mskd.get_args(["--data", "msmt17"])
-    assert (toy.arch, toy.weights, toy.out) == ("small", "none", os.path.join("runs", "mskd-toy-s0"))
+    assert (toy.arch, toy.out) == ("small", os.path.join("runs", "mskd-toy-s0"))
     assert (market.l1, market.l2, market.mu, market.eps, market.iters, market.epochs, market.lr,
             market.lr_drop, market.bn_splits, market.batch_size, market.num_instances, market.k1,
             market.temp, market.momentum, market.teacher_bn) == (
