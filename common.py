@@ -73,7 +73,8 @@ def add_run_flags(parser):
     """The flags of every page that no paper is about."""
     add = parser.add_argument_group("run").add_argument
     add("--data", default="toy", help="a folder, or one of " + ", ".join(DATASETS) +
-        " (%(default)s); sets the other defaults, those of market1501 for a folder")
+        " (%(default)s), with :source or :target for a half of it; sets the other defaults, those "
+        "of market1501 for a folder")
     add("--root", default="data", help="where data sets live (%(default)s)")
     add("--out", help="folder of the run (runs/METHOD-DATA-sSEED)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all chance (%(default)s)")
@@ -91,7 +92,7 @@ def parse(parser, argv, method, settings):
     what flags must share. Raises Problem."""
     early = Parser("", add_help=False)
     early.add_argument("--data", default="toy")
-    data = early.parse_known_args(argv)[0].data
+    data = early.parse_known_args(argv)[0].data.rsplit(":", 1)[0]
     parser.set_defaults(**settings.get(data, settings["market1501"]))
     args = parser.parse_args(argv)
     if args.batch_size % args.num_instances or args.batch_size % args.bn_splits:
@@ -99,7 +100,7 @@ def parse(parser, argv, method, settings):
                       f"{args.num_instances} and --bn-splits {args.bn_splits} (change one of them)")
     if args.batch_size // args.bn_splits < 2:
         raise Problem(f"--bn-splits {args.bn_splits} leaves batch norm one image (lower it)")
-    folder = os.path.basename(os.path.normpath(args.data))
+    folder = os.path.basename(os.path.normpath(args.data)).replace(":", "-")
     args.size = tuple(args.size)
     args.out = args.out or os.path.join("runs", f"{method}-{folder}-s{args.seed}")
     return args
@@ -164,7 +165,13 @@ def load(name, root="data", at_least=1):
     distractor, in no query, and so a wrong answer wherever it is ranked. Cameras are renumbered
     0..V-1 over all splits. Raises Problem for a missing folder, an empty split, less than
     `at_least` training images (a batch) or a name that does not parse.
+
+    A `name` that ends in :source or :target is one half of a data set, to try domain adaptation
+    with a single one: of the training people, shuffled with seed 0, the first half in the first
+    half of the cameras, or the others in the other cameras; tests keep all their people, in the
+    half's cameras. So the two halves share neither people nor cameras.
     """
+    name, half = name.rsplit(":", 1) if name.endswith((":source", ":target")) else (name, None)
     if name in ("toy", "toy-source") and not os.path.isdir(os.path.join(root, name)):
         make_toy(os.path.join(root, name), domain=name)
     if name in DATASETS:
@@ -178,9 +185,9 @@ def load(name, root="data", at_least=1):
         for parts in TRIPLES:
             if all(os.path.isdir(os.path.join(folder, part)) for part in parts):
                 raw = [_read_folder(os.path.join(folder, part)) for part in parts]
-                return _finish(name, folder, raw, facts, at_least)
+                return _finish(name, folder, raw, facts, at_least, half)
         if os.path.isfile(os.path.join(folder, "list_train.txt")):
-            return _finish(name, folder, _read_msmt_lists(folder), facts, at_least)
+            return _finish(name, folder, _read_msmt_lists(folder), facts, at_least, half)
     known = "" if facts else f"; a name can be a folder or one of {', '.join(DATASETS)}"
     raise Problem(f"data set {name!r} not found: no folder with {', '.join(TRIPLES[0])} in "
                   f"{', '.join(folders)} (put it there or say --root{known})")
@@ -227,9 +234,22 @@ def _read_msmt_lists(folder):
             read("list_query.txt", *test), read("list_gallery.txt", *test))
 
 
-def _finish(name, folder, raw, facts, at_least):
-    """Drop junk, renumber cameras, compare with the published counts."""
+def _finish(name, folder, raw, facts, at_least, half):
+    """Drop junk, compare with the published counts, take a half, renumber cameras."""
     raw = [[row for row in rows if row[1] != -1] for rows in raw]
+    for kind, rows, count in zip(("train", "query", "gallery"), raw,
+                                 facts.counts if facts else (None,) * 3):
+        if count is not None and rows and len(rows) != count:
+            print(f"warning: {name} {kind}: {len(rows):,} images in {folder}, {count:,} published",
+                  file=sys.stderr)
+    if half:
+        cameras = sorted({camera for rows in raw for _, _, camera in rows})
+        people = np.random.default_rng(0).permutation(sorted({person for _, person, _ in raw[0]}))
+        n, v, name = len(people) // 2, len(cameras) // 2, f"{name}:{half}"
+        people = set((people[:n] if half == "source" else people[n:]).tolist())
+        cameras = set(cameras[:v] if half == "source" else cameras[v:])
+        raw[0] = [row for row in raw[0] if row[1] in people]
+        raw = [[row for row in rows if row[2] in cameras] for rows in raw]
     for kind, rows in zip(("train", "query", "gallery"), raw):
         if not rows:
             raise Problem(f"{folder}: the {kind} split holds no images (is the download complete?)")
@@ -246,11 +266,6 @@ def _finish(name, folder, raw, facts, at_least):
                     np.array([person for _, person, _ in rows], np.int64),
                     np.searchsorted(cameras, [camera for _, _, camera in rows]).astype(np.int64))
               for rows in raw]
-    counts = facts.counts if facts else (None,) * 3
-    for kind, split, count in zip(("train", "query", "gallery"), splits, counts):
-        if count is not None and len(split.paths) != count:
-            print(f"warning: {name} {kind}: {len(split.paths):,} images in {folder}, "
-                  f"{count:,} published", file=sys.stderr)
     print(f"{name}: {folder}, {len(cameras)} cameras; " + ", ".join(
         f"{kind} {len(split.paths):,} images of {len(set(split.pids.tolist())):,}"
         for kind, split in zip(("train", "query", "gallery"), splits)) + " ids", file=sys.stderr)
@@ -655,7 +670,8 @@ class Encoder(nn.Module):
     ends before the last stage, "small" is a slim ResNet (1.2 M parameters) for the toy set. Then
     pooling ("gem" or "avg") and a batch-norm neck without shift (Luo et al., CVPRW 2019). With
     `parts`, the map is also cut into that many stripes from top to bottom, each with its own
-    pooling and neck. weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a file in
+    pooling and neck. pooled=True: a pair, the features and what the pooling gives, before the neck.
+    weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a file in
     torchvision's format. Raises Problem for weights that cannot be had or do not fit.
     """
 
@@ -679,12 +695,12 @@ class Encoder(nn.Module):
                     self.backbone.add_module(name, module)
         else:
             raise Problem(f"--arch {arch} is unknown (one of {', '.join(ARCHS)})")
-        width = {"small": 256, "resnet18-layer3": 256, "resnet50": 2048}.get(arch, 512)
+        self.width = {"small": 256, "resnet18-layer3": 256, "resnet50": 2048}.get(arch, 512)
         pool = {"gem": GeM,
                 "avg": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())}[pooling]
         self.parts = parts
         self.pools = nn.ModuleList(pool() for _ in range(1 + parts))
-        self.necks = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(1 + parts))
+        self.necks = nn.ModuleList(nn.BatchNorm1d(self.width) for _ in range(1 + parts))
         for neck in self.necks:
             neck.bias.requires_grad_(False)
         if weights != "none":
@@ -720,15 +736,17 @@ class Encoder(nn.Module):
             line = str(error).splitlines()[-1].strip()
             raise Problem(f"--weights {weights} does not fit --arch {arch}: {line}") from error
 
-    def forward(self, images):
+    def forward(self, images, pooled=False):
         last = self.backbone(images)                                              # (B, D, h, w)
         if self.parts and last.shape[2] % self.parts:
             raise Problem(f"a map of {last.shape[2]} rows cannot be cut into {self.parts} equal "
                           f"stripes (make the height a multiple of {16 * self.parts})")
         views = [last, *(last.chunk(self.parts, 2) if self.parts else ())]
-        features = [F.normalize(neck(pool(view)))                                 # (B, D) each
-                    for view, pool, neck in zip(views, self.pools, self.necks)]
-        return torch.stack(features) if self.parts else features[0]
+        before = [pool(view) for view, pool in zip(views, self.pools)]            # (B, D) each
+        features = [F.normalize(neck(view)) for view, neck in zip(before, self.necks)]
+        features, before = (torch.stack(views) if self.parts else views[0]
+                            for views in (features, before))
+        return (features, before) if pooled else features
 
 
 def warm_up(model, images, cams, generator, epochs=4, batch_size=96, lr=1e-3, temp=.1, jitter=.6):
@@ -1146,24 +1164,27 @@ def save_checkpoint(path, **state):
                       " an earlier file is kept)") from error
 
 
-def finished(folder, args, free=()):
-    """-> the checkpoint of `folder` if its run came to its end with these args, None if there is
-    none. Raises Problem if it stopped before, or for flags other than those in `free` that differ.
+def finished(folder, args, epochs, free=()):
+    """-> the checkpoint in `folder` of a stage that came to its end after `epochs`, or None.
+
+    Raises Problem for a stage that stopped before, and for one whose flags differ from `args`, but
+    for those in `free` and those that change no number.
     """
     path = os.path.join(folder, "last.pt")
     if not os.path.exists(path):
         return None
-    state = load_checkpoint(path, ("epoch", "scores", *vars(args)))
-    free = (*free, "root", "device", "eval_every")
-    other = [f"--{flag.replace('_', '-')} {state[flag]}, now {value}"
-             for flag, value in vars(args).items() if flag not in free and state[flag] != value]
+    free = {*free, "out", "root", "device", "eval_every"}
+    flags = [flag for flag in vars(args) if flag not in free]
+    state = load_checkpoint(path, ("epoch", *flags))
+    other = [f"--{flag.replace('_', '-')} {state[flag]}, now {vars(args)[flag]}"
+             for flag in flags if state[flag] != vars(args)[flag]]
     if other:
         raise Problem(f"{folder} holds a run with other flags: {'; '.join(other)} (choose another "
                       "--out, or delete it)")
-    if state["epoch"] != args.epochs:
-        raise Problem(f"{folder} holds a run that stopped after epoch {state['epoch']} of "
-                      f"{args.epochs} (choose another --out, or delete it)")
-    print(f"{folder}: finished before, mAP {100 * state['scores']['mAP']:.1f}, nothing to do")
+    if state["epoch"] != epochs:
+        raise Problem(f"{folder} holds a run that stopped after epoch {state['epoch']} of {epochs} "
+                      "(choose another --out, or delete it)")
+    print(f"{folder}: finished before, nothing to do")
     return state
 
 

@@ -174,8 +174,8 @@ def main(argv=None):
 
 def train(args, out, teacher=None):
     """A stage: the teacher's, or with a `teacher` the student's. -> its last evaluation, a dict."""
-    free = ("stage", "out") + (() if teacher else ("teacher", "mu", "teacher_bn"))
-    done = common.finished(out, args, free)
+    done = common.finished(out, args, args.epochs,
+                           ("stage",) if teacher else ("stage", "teacher", "mu", "teacher_bn"))
     if done:
         return done["scores"]
     generator, device = common.seed_everything(args.seed), common.pick_device(args.device)

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from conftest import draw
 from PIL import Image
 
 import common
@@ -268,3 +269,16 @@ def test_pk_batches_anchor_is_uniform_and_cameras_can_be_ignored():
         labels, cams, 1, 2, 300, torch.Generator().manual_seed(0))] if a == 0} == {3}
     with pytest.raises(common.Problem, match="--batch-size"):
         next(common.pk_batches(labels, cams, 2, 2, 1, torch.Generator()))
+
+
+def test_halves_share_neither_people_nor_cameras(tmp_path):
+    folder = draw(tmp_path / "d", train=7, test=3, cameras=4, shots=2)
+    whole, halves = common.load(str(folder)), [common.load(f"{folder}:{half}")
+                                               for half in ("source", "target")]
+    people = np.random.default_rng(0).permutation(np.arange(1, 8))
+    for half, ids, cameras in zip(halves, (people[:3], people[3:]), ({1, 2}, {3, 4})):
+        where = [{int(path.split("_c")[-1][0]) for path in split.paths} for split in half]
+        assert where == [cameras] * 3 and set(half[0].pids.tolist()) == set(ids.tolist())
+        assert set(half[1].pids.tolist()) == set(whole[1].pids.tolist())
+        assert half[0].cams.min() == 0 and half[0].cams.max() == 1
+        assert len(half[0].paths) == len(ids) * 2 * 2

@@ -1,0 +1,338 @@
+"""SSKD: Self-supervised knowledge distillation for cross domain adaptive person re-identification
+Yin, Qiu, Zhang, Ma, Guo; arXiv 2009.05972, 2020
+
+A labelled source domain, an unlabelled target domain. Networks that were trained on the source
+adapt to the target with two modules: identity learning, whose one-hot labels come from clustering,
+and soft label learning, whose labels are distributions over the clusters, given by slowly evolving
+networks to their peers, over several augmented views of an image. The noise of the first is damped
+by the second.
+
+Source training of every network, then an epoch on the target ([paper]: abstract or introduction;
+[code]: the authors' released code)
+  0 data, source networks M_1..M_n, their slow copies E_1..E_n [paper]   train_source, load_source
+  1 extract features of all target images: F = unit(mean of E_1..E_n) [code]   extract_features
+  2 pseudo labels: Jaccard distance, DBSCAN at a radius taken from the data [code]   adaptive_eps
+  3 (no refinement in this paper)
+  4 classifiers: rows are cluster means [code]           common.cluster_means
+  5 for every batch of P clusters x K images
+    5a n augmented views of every image, one for M_n and E_n each [paper]   common.augment
+    5b L_id: identity learning, hard labels [paper]      cross-entropy, smoothed [code]
+    5c L_soft: soft label learning, from the peer's slow copy [paper]   soft_label_loss
+    5d L_ms: similarities within the batch [code]        multi_similarity_loss
+    5e L_nuc: predictions sure and varied [code]         nuclear_norm_loss
+    5f L = id L_id + soft L_soft + ms L_ms + nuc L_nuc [code], optimiser step
+    5g slow copies follow: E <- alpha_t E + (1 - alpha_t) M, alpha_t = min(1 - 1/(t+1), alpha)
+  6 report, evaluate, save                               common.label_quality, common.evaluate
+Symbols: z = classifier(unit feature) / tau, tau --temp; k = y(i) cluster; n --nets; alpha --alpha;
+  rho --rho; t steps since the start; K --num-instances; id, soft, ms, nuc the flags of that name
+Differences from the code
+  D1 classifiers are made new for each epoch's clusters; there wider ones use their first C outputs
+  D2 backward runs net by net: the same gradients, a third of the memory
+  D3 E_1 of the last epoch is the result; there the best on the test set
+Not said in paper or code, chosen here
+  N1 which network is the result: E_1, a single one
+  N2 L_ms and L_nuc are the code's; whether the paper has them we do not know: --ms 0 --nuc 0
+  N3 --weights none adds what no paper claims: colour jitter on the target, and features centred
+     per camera before clustering; any other --weights has none of them
+Run
+  python sskd.py                                     toy domains, 2 CPU cores: not measured
+  python sskd.py --source msmt17 --data market1501   one GPU of 16 GB: not measured
+"""
+
+import copy
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+
+SETTINGS = {  # the flags' defaults per data set
+    "toy": dict(source="toy-source", arch="small", weights="none", size=(96, 48), k1=20, rho=.015,
+                alpha=.99, temp=.1, source_epochs=15, source_iters=24, epochs=20, iters=24,
+                batch_size=64, num_instances=4, lr=1e-3, lr_drop=0, bn_splits=1, eval_every=5),
+    "market1501": dict(source="msmt17", arch="resnet50", weights="imagenet", size=(256, 128),
+                       k1=20, rho=1.6e-3, alpha=.999, temp=1, source_epochs=80, source_iters=100,
+                       epochs=20, iters=400, batch_size=64, num_instances=4, lr=3.5e-4, lr_drop=20,
+                       bn_splits=4, eval_every=5)}
+WEIGHT_DECAY = 5e-4
+SMOOTHING = .1  # of L_id: this share of a hard label is spread over all classes
+SOURCE_FLAGS = ("source", "data", "arch", "weights", "size", "source_epochs", "source_iters",
+                "batch_size", "num_instances", "lr", "bn_splits", "temp")
+
+
+def get_args(argv=None):
+    number, parser = common.number, common.Parser(__doc__)
+    add = parser.add_argument_group("paper; weight 0: no such term; (default here / published)"
+                                    ).add_argument
+    add("--source", help="the labelled data set: a folder or a name, as --data (%(default)s)")
+    add("--sources", help="folder of the source networks; those that are finished there are not "
+        "trained again (OUT/source)")
+    add("--nets", type=number(int, 1, 9), default=3, help="n, networks and slow copies; with 1 the "
+        "peer is the network's own copy (%(default)s / 3)")
+    add("--id", type=number(float, 0), default=.5, help="weight of L_id (%(default)s / 0.5)")
+    add("--soft", type=number(float, 0), default=.5, help="weight of L_soft (%(default)s / 0.5)")
+    add("--ms", type=number(float, 0), default=3, help="weight of L_ms (%(default)s / 3)")
+    add("--nuc", type=number(float, 0), default=1.5, help="weight of L_nuc (%(default)s / 1.5)")
+    add("--alpha", type=number(float, 0, 1), help="what stays of a slow copy at a step "
+        "(%(default)s / 0.999)")
+    add("--shared-view", action="store_true", help="one view for all networks")
+    add("--temp", type=number(float, 1e-3), help="tau (%(default)s / 1)")
+    add("--rho", type=number(float, 1e-9, 1), help="share of all pairs that is taken for pairs of "
+        "one person: DBSCAN's radius is their mean distance (%(default)s / 1.6e-3)")
+    add("--eps", type=number(float, 0, 1), default=0, help="DBSCAN's radius; 0: from --rho "
+        "(%(default)s)")
+    add("--k1", type=number(int, 1), help="neighbours of the Jaccard distance (%(default)s / 20); "
+        "about the images of a person")
+    add = parser.add_argument_group("schedule").add_argument
+    add("--source-epochs", type=number(int, 1), help="epochs on the source; lr rises for 1/8, and "
+        "falls to a tenth after 1/2 and 7/8 of them (%(default)s / 80)")
+    add("--source-iters", type=number(int, 1), help="batches of them (%(default)s / 100)")
+    add("--epochs", type=number(int, 1), help="how often to cluster (%(default)s / 20)")
+    add("--iters", type=number(int, 1), help="batches per epoch (%(default)s / 400)")
+    add("--batch-size", type=number(int, 2), help="P x K images (%(default)s / 64)")
+    add("--num-instances", type=number(int, 1), help="K, images of a cluster (%(default)s / 4)")
+    add("--lr", type=number(float, 0), help="step size of Adam (%(default)s / 3.5e-4)")
+    add("--lr-drop", type=number(int, 0), help="epochs after which lr falls to a tenth, again and "
+        "again; 0: along a cosine to 0 (%(default)s / never)")
+    add("--bn-splits", type=number(int, 1), help="chunks of a batch with batch-norm statistics of "
+        "their own (%(default)s / 4, the number of GPUs)")
+    add("--eval-every", type=number(int, 1), help="epochs between evaluations (%(default)s)")
+    common.add_run_flags(parser)
+    args = common.parse(parser, argv, "sskd", SETTINGS)
+    if args.source == args.data:
+        raise common.Problem(f"--source and --data are both {args.data} (name two data sets)")
+    if args.id == 0 and args.ms == 0:
+        raise common.Problem("--id 0 --ms 0 leaves the pseudo labels unused (raise one of them)")
+    return args
+
+
+# ======================================================= the paper's steps, as the loop meets them
+
+
+def adaptive_eps(distance, rho):
+    """Step 2: mean of the smallest share `rho` of the non-zero distances between two images.
+
+    distance: sparse (N, N). All N (N - 1) / 2 pairs count; what is not stored is at distance 1.
+    Duplicates, at distance 0 but for rounding (1e-6), do not.
+    """
+    n, row = distance.shape[0], common.per_entry(np.arange(distance.shape[0]), distance)
+    stored = distance.data[row < distance.indices]
+    near = np.sort(stored[stored > 1e-6])
+    take = max(1, round(rho * (n * (n - 1) // 2 - (len(stored) - len(near)))))
+    return float((near[:take].sum(dtype=np.float64) + max(0, take - len(near))) / take)
+
+
+def soft_label_loss(z, soft):
+    """L_soft: -sum_j soft_j log softmax(z)_j, batch mean. z, soft (B, C); soft sums to 1."""
+    return -(soft * z.log_softmax(1)).sum(1).mean()
+
+
+def multi_similarity_loss(pooled, labels, threshold=.5, margin=.1, low=2., high=40.):
+    """L_ms (Wang et al., CVPR 2019): pairs of a batch that are hard for their anchor.
+
+    Cosine similarities S of pooled (B, D). Of an anchor, positives below its hardest negative +
+    margin and negatives above its hardest positive - margin are kept; with both kinds left,
+    log(1 + sum_pos exp(-low (S - threshold))) / low + log(1 + sum_neg exp(high (S - threshold))) /
+    high. Sum over anchors / B.
+    """
+    unit = F.normalize(pooled.float())
+    similar = unit @ unit.T                                                       # (B, B)
+    same = labels[:, None] == labels
+    positive, negative = same & (similar < 1 - 1e-5), ~same
+    hardest_positive = similar.masked_fill(~positive, math.inf).min(1, keepdim=True).values
+    hardest_negative = similar.masked_fill(~negative, -math.inf).max(1, keepdim=True).values
+    positive &= similar - margin < hardest_negative
+    negative &= similar + margin > hardest_positive
+
+    def term(scale, pairs):
+        logits = (scale * (similar - threshold)).masked_fill(~pairs, -math.inf)
+        return F.pad(logits, (1, 0)).logsumexp(1) / abs(scale)                    # log(1 + ...)
+    both = positive.any(1) & negative.any(1)
+    return torch.where(both, term(-low, positive) + term(high, negative), 0).mean()
+
+
+def nuclear_norm_loss(z):
+    """L_nuc (batch nuclear norm, Cui et al., CVPR 2020): -||softmax(z)||_* / B; z (B, C)."""
+    return -torch.linalg.svdvals(z.float().softmax(1)).sum() / len(z)
+
+
+@torch.no_grad()
+def follow(slow, net, alpha):
+    """Step 5g: E <- alpha E + (1 - alpha) M, parameter by parameter; E's batch-norm statistics are
+    its own, from the views that pass through it in train mode."""
+    for mine, its in zip(slow.parameters(), net.parameters()):
+        mine.lerp_(its, 1 - alpha)
+
+
+def forward(model, batch, splits):
+    """-> features and pooled features (B, D), from `splits` chunks that batch norm sees apart."""
+    chunks = [model(chunk, pooled=True) for chunk in batch.chunk(splits)]
+    return tuple(torch.cat(part) for part in zip(*chunks))
+
+
+def make_classifier(means):
+    """(C, D) unit means -> a linear classifier whose rows they are."""
+    classifier = torch.nn.Linear(means.shape[1], len(means), bias=False, device=means.device)
+    classifier.weight.data.copy_(means)
+    return classifier
+
+
+def train_source(args, n, folder, source, source_images, images):
+    """Step 0: network M_n learns the people of the labelled source -> `folder`/last.pt.
+
+    L = cross-entropy, smoothed + L_ms + 2 L_nuc, no erasing [code]. `images` of the target only
+    pass through, without labels and gradient, so that the batch norms have seen them [code].
+    """
+    generator, device = common.seed_everything(3 * args.seed + n), common.pick_device(args.device)
+    log = common.Log(folder, device, args)
+    labels = common.renumber(source.pids)
+    y = torch.from_numpy(labels).to(device)
+    model = common.Encoder(args.arch, args.weights, parts=0, pooling="avg").to(device)
+    classifier = torch.nn.Linear(model.width, labels.max() + 1, bias=False).to(device)
+    optimizer = torch.optim.Adam([*model.parameters(), *classifier.parameters()], args.lr,
+                                 weight_decay=WEIGHT_DECAY)
+    model.train()
+    for epoch in range(args.source_epochs):
+        done, means = epoch / args.source_epochs, common.Means()
+        optimizer.param_groups[0]["lr"] = (args.lr * min(1, 8 * done + 8 / args.source_epochs)
+                                           * .1 ** ((done >= 1 / 2) + (done >= 7 / 8)))
+        batches = common.pk_batches(labels, source.cams, args.batch_size // args.num_instances,
+                                    args.num_instances, args.source_iters, generator)
+        for index in tqdm(batches, f"source {n}, epoch {epoch + 1}", args.source_iters,
+                          leave=False):
+            batch = common.augment(source_images[index].to(device), generator, erase=0)
+            f, pooled = forward(model, batch, args.bn_splits)                     # (B, D) each
+            z, k = classifier(f) / args.temp, y[index.to(device)]                 # (B, C), (B,)
+            loss = (F.cross_entropy(z, k, label_smoothing=SMOOTHING)
+                    + multi_similarity_loss(pooled, k) + 2 * nuclear_norm_loss(z))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            passing = torch.randint(len(images), (len(index),), generator=generator)
+            with torch.no_grad():
+                forward(model, common.augment(images[passing].to(device), generator, erase=0),
+                        args.bn_splits)
+            means.add(source=loss)
+        if epoch + 1 == args.source_epochs or (epoch + 1) % args.eval_every == 0:
+            losses = means.values()
+            common.save_checkpoint(os.path.join(folder, "last.pt"), model=model.state_dict(),
+                                   parts=0, pooling="avg", epoch=epoch + 1, **vars(args))
+            log.epoch(f"source {n}, {epoch + 1}", losses=losses, epoch=epoch + 1)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    done = common.finished(args.out, args, args.epochs)
+    if done:
+        return done["scores"]
+    device = common.pick_device(args.device)
+    log = common.Log(args.out, device, args)
+
+    # ---- 0 data, source networks, slow copies
+    train, query, gallery = common.load(args.data, args.root, args.batch_size)
+    cams, from_scratch = train.cams, args.weights == "none"
+    images, query_images, gallery_images = (
+        common.read_images(split, *args.size) for split in (train, query, gallery))
+    folders = [os.path.join(args.sources or os.path.join(args.out, "source"), str(n))
+               for n in range(1, args.nets + 1)]
+    free = [flag for flag in vars(args) if flag not in SOURCE_FLAGS]
+    missing = [not common.finished(folder, args, args.source_epochs, free) for folder in folders]
+    if any(missing):
+        source, _, _ = common.load(args.source, args.root, args.batch_size)
+        people, several = np.unique(source.pids, return_counts=True)
+        if several.max() < 2 or len(people) < args.batch_size // args.num_instances:
+            raise common.Problem(f"--source {args.source} has {len(people)} people with at most "
+                                 f"{several.max()} images each, so there is nothing to learn (name "
+                                 "a set with labels)")
+        source_images = common.read_images(source, *args.size)
+        for n in np.flatnonzero(missing).tolist():
+            train_source(args, n + 1, folders[n], source, source_images, images)
+    generator = common.seed_everything(args.seed)
+    students = [common.load_encoder(os.path.join(folder, "last.pt"))[0].to(device)
+                for folder in folders]                                            # M_1..M_n
+    slow = [copy.deepcopy(net).requires_grad_(False) for net in students]         # E_1..E_n
+
+    def test():
+        return common.evaluate(common.extract_features(slow[0], query_images),
+                               common.extract_features(slow[0], gallery_images), query, gallery)
+
+    log.epoch("source only", scores=test())
+
+    for epoch in range(args.epochs):
+        # ---- 1 features: the mean of the slow copies
+        features = F.normalize(sum(common.extract_features(net, images) for net in slow))  # (N, D)
+
+        # ---- 2 pseudo labels
+        centred = common.centre_cameras(features, cams) if from_scratch else features  # N3
+        if args.true_ids:
+            labels, eps = common.renumber(train.pids), 0                          # (N,)
+        else:
+            distance = common.jaccard_distance(centred, args.k1)
+            eps = args.eps or (adaptive_eps(distance, args.rho) if epoch == 0 else eps)
+            labels = common.dbscan(distance, eps)
+
+        # ---- 4 classifiers, and an optimiser that knows them
+        rows = common.cluster_means(features, labels)                             # (C, D)
+        classifiers = [make_classifier(rows) for _ in students]
+        slow_classifiers = [make_classifier(rows).requires_grad_(False) for _ in slow]
+        optimizer = torch.optim.Adam([p for module in (*students, *classifiers)
+                                      for p in module.parameters()], weight_decay=WEIGHT_DECAY)
+        y = torch.from_numpy(labels).to(device)
+
+        # ---- 5 batches of P clusters x K images
+        for net in (*students, *slow):
+            net.train()
+        means = common.Means()
+        batches = common.pk_batches(labels, cams, args.batch_size // args.num_instances,
+                                    args.num_instances, args.iters, generator)
+        for step, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", args.iters, leave=False)):
+            # 5a augmented views
+            batch, k = images[index].to(device), y[index.to(device)]              # (B, ...), (B,)
+            views = [common.augment(batch, generator, jitter=.5 if from_scratch else 0)
+                     for _ in range(1 if args.shared_view else args.nets)]
+            views = views * (args.nets // len(views))
+            with torch.no_grad():  # what the slow copies say
+                soft = [(classifier(forward(net, view, args.bn_splits)[0]) / args.temp).softmax(1)
+                        for net, classifier, view in zip(slow, slow_classifiers, views)]
+            lr = args.lr * (.1 ** (epoch // args.lr_drop) if args.lr_drop else
+                            .5 + .5 * math.cos(math.pi * (epoch + step / args.iters) / args.epochs))
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.zero_grad()
+            for n in range(args.nets):
+                f, pooled = forward(students[n], views[n], args.bn_splits)        # (B, D) each
+                z = classifiers[n](f) / args.temp                                 # (B, C)
+
+                # 5b-5e hard labels, soft labels of the peer's slow copy, pairs, predictions
+                L_id = F.cross_entropy(z, k, label_smoothing=SMOOTHING)
+                L_soft = soft_label_loss(z, soft[(n + 1) % args.nets])
+                L_ms = multi_similarity_loss(pooled, k)
+                L_nuc = nuclear_norm_loss(z)
+
+                # 5f total loss
+                loss = args.id * L_id + args.soft * L_soft + args.ms * L_ms + args.nuc * L_nuc
+                loss.backward()
+                means.add(id=L_id, soft=L_soft, ms=L_ms, nuc=L_nuc)
+            optimizer.step()
+
+            # 5g slow copies follow
+            t = epoch * args.iters + step
+            for mine, its in zip((*slow, *slow_classifiers), (*students, *classifiers)):
+                follow(mine, its, min(1 - 1 / (t + 1), args.alpha))
+
+        # ---- 6 report, evaluate, save
+        last = epoch + 1 == args.epochs
+        scores = test() if last or (epoch + 1) % args.eval_every == 0 else {}
+        losses = means.values()
+        common.save_checkpoint(os.path.join(args.out, "last.pt"), model=slow[0].state_dict(),
+                               parts=0, pooling="avg", epoch=epoch + 1, scores=scores, **vars(args))
+        log.epoch(f"epoch {epoch + 1}/{args.epochs}", common.label_quality(labels, train.pids),
+                  losses, scores, epoch=epoch + 1, eps=eps)
+    return scores
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,298 @@
+"""The own functions of sskd.py against loops in float64, and its two stages end to end."""
+
+import copy
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import draw, losses, program, short, weights
+from scipy.sparse import csr_array
+
+import common
+import sskd
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A labelled source: other people than the target's, other shots."""
+    return draw(tmp_path_factory.mktemp("data") / "other", train=9, test=2, cameras=2, shots=4)
+
+
+SHORT = ["--source-epochs", "2", "--source-iters", "4", "--temp", ".1", "--batch-size", "6"]
+
+
+def pair(other, folder, out, *more):
+    return short(folder, out, "--source", str(other), *SHORT, *more)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, other, tmp_path_factory):
+    """Source training and adaptation, once, as a program. -> the folder and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "sskd"
+    return out, program("sskd.py", *pair(other, tiny, out))
+
+
+# ------------------------------------------------------------------------------------ its functions
+
+def sparse(dense):
+    """Store what is not at distance 1, zeros too."""
+    rows, columns = np.nonzero(dense < 1)
+    return csr_array((dense[rows, columns], (rows, columns)), dense.shape)
+
+
+@pytest.mark.parametrize("rho", [.001, .02, .1, .5, 1])
+def test_adaptive_eps_is_the_mean_of_the_smallest_share(rho):
+    rng = np.random.default_rng(0)
+    dense = np.triu(np.where(rng.random((40, 40)) < .4, rng.random((40, 40)), 1), 1)
+    dense = np.float32(dense + dense.T)
+    dense[3, 4] = dense[4, 3] = 0                                  # a duplicate does not count
+    upper = dense[np.triu_indices(40, 1)]
+    upper = np.sort(upper[np.nonzero(upper)].astype(np.float64))
+    wanted = upper[:max(1, round(rho * len(upper)))].mean()        # dense: absent pairs are 1
+    assert abs(sskd.adaptive_eps(sparse(dense), rho) - wanted) < 1e-7
+
+
+def double(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def check(fast, slow, x, atol=1e-6):
+    a, b = (x.clone().requires_grad_() for _ in range(2))
+    la, lb = fast(a), slow(b)
+    assert abs(la.item() - lb.item()) < atol
+    ga, gb = (torch.autograd.grad(*pair)[0] for pair in ((la, a), (lb, b)))
+    torch.testing.assert_close(ga, gb, atol=atol, rtol=1e-4)
+    assert gb.abs().sum() > 0
+
+
+def test_soft_label_loss():
+    soft = double(6, 5, seed=1).softmax(1)
+
+    def slow(z):
+        q = z.exp() / z.exp().sum(1, keepdim=True)
+        return -sum(soft[i, j] * q[i, j].log() for i in range(6) for j in range(5)) / 6
+    check(lambda z: sskd.soft_label_loss(z, soft), slow, double(6, 5))
+
+
+@pytest.mark.parametrize("spread", [.3, 1, 3])
+def test_multi_similarity_loss(spread):
+    labels = torch.arange(16) // 4
+    pooled = double(4, 6, seed=2)[labels] + spread * double(16, 6, seed=3)
+    pooled[1] = pooled[0] * 2                                      # a pair at cosine 1 is left out
+
+    def slow(x):
+        unit, total = F.normalize(x), 0
+        for i in range(16):
+            s = unit @ unit[i]
+            positive = [s[j] for j in range(16) if labels[j] == labels[i] and s[j] < 1 - 1e-5]
+            negative = [s[j] for j in range(16) if labels[j] != labels[i]]
+            kept = [p for p in positive if p - .1 < max(negative)]
+            hard = [q for q in negative if q + .1 > min(positive)]
+            if kept and hard:
+                total = total + torch.log(1 + sum(torch.exp(-2 * (p - .5)) for p in kept)) / 2
+                total = total + torch.log(1 + sum(torch.exp(40 * (q - .5)) for q in hard)) / 40
+        return total / 16
+    check(lambda x: sskd.multi_similarity_loss(x, labels), slow, pooled)
+
+
+def test_multi_similarity_loss_of_a_solved_batch_is_zero():
+    pooled = (10 * torch.eye(4)[torch.arange(16) // 4] + .01 * torch.rand(16, 4)).requires_grad_()
+    loss = sskd.multi_similarity_loss(pooled, torch.arange(16) // 4)
+    loss.backward()
+    assert loss.item() == 0 and torch.isfinite(pooled.grad).all()
+
+
+def test_nuclear_norm_loss():
+    def slow(z):
+        p = z.softmax(1)
+        return -torch.linalg.eigvalsh(p @ p.T).clamp(min=0).sqrt().sum() / 4
+    check(sskd.nuclear_norm_loss, slow, double(4, 9), atol=1e-5)
+    sure = 100 * torch.eye(5)                                      # sure and varied: the best
+    assert abs(sskd.nuclear_norm_loss(sure).item() + 1) < 1e-6
+    assert sskd.nuclear_norm_loss(sure[[0] * 5]).item() > -.5
+
+
+def test_slow_copies_follow_exactly():
+    """alpha_t = min(1 - 1/(t+1), alpha): the running mean at first; buffers stay the copy's own."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).double()
+    slow, wanted, seen = copy.deepcopy(net), None, []
+    for t in range(30):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter += double(*parameter.shape, seed=t)
+            net[1].running_mean += 1
+        sskd.follow(slow, net, min(1 - 1 / (t + 1), .9))
+        seen.append(net[0].weight.detach().clone())
+        alpha = min(1 - 1 / (t + 1), .9)
+        wanted = seen[-1] if wanted is None else alpha * wanted + (1 - alpha) * seen[-1]
+        torch.testing.assert_close(slow[0].weight.data, wanted)
+        if t == 8:
+            torch.testing.assert_close(slow[0].weight.data, sum(seen) / 9)
+    assert (slow[1].running_mean == 0).all()
+
+
+# --------------------------------------------------------------------------------------- both stages
+
+def test_end_to_end_and_a_second_run_does_nothing(finished, tiny, other):
+    out, done = finished
+    assert done.returncode == 0, done.stderr
+    assert [line["title"] for line in losses(out)] == ["source only", "epoch 1/2", "epoch 2/2"]
+    assert {"id", "soft", "ms", "nuc", "eps", "mAP"} <= losses(out)[-1].keys()
+    for n in "123":
+        assert losses(out / "source" / n)[-1]["epoch"] == 2
+    a, b = (weights(out / "source" / n)["necks.0.weight"] for n in "12")
+    assert not torch.equal(a, b)                                   # networks of different seeds
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    again = program("sskd.py", *pair(other, tiny, out))
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    scores = json.loads(program("eval.py", out, "--json").stdout)
+    assert scores["mAP"] == losses(out)[-1]["mAP"]
+
+
+def test_sources_are_trained_once_and_target_ids_do_not_leak(finished, tiny, other, tmp_path,
+                                                             monkeypatch):
+    load = common.load
+
+    def permuted(name, *args):
+        train, query, gallery = load(name, *args)
+        assert name == str(tiny)                                   # the source is not even read
+        return train._replace(pids=np.random.default_rng(0).permutation(train.pids)), query, gallery
+    monkeypatch.setattr(common, "load", permuted)
+    sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source")))
+    a, b = weights(finished[0]), weights(tmp_path)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert losses(finished[0]) == losses(tmp_path)
+    sskd.main(pair(other, tiny, tmp_path / "c", "--sources", str(finished[0] / "source"),
+                   "--true-ids"))
+    assert not torch.equal(a["necks.0.weight"], weights(tmp_path / "c")["necks.0.weight"])
+
+
+@pytest.mark.parametrize("nets, shared", [(1, False), (2, False), (3, False), (3, True)])
+def test_views_peers_and_totals(nets, shared, finished, tiny, other, tmp_path, monkeypatch):
+    """View k reaches M_k and E_k only, soft labels come from the next slow copy, no gradient to it,
+    and the total is the weighted sum."""
+    forward, soft_loss, backward, add = (sskd.forward, sskd.soft_label_loss, torch.Tensor.backward,
+                                         common.Means.add)
+    calls, said, peers, total, terms = [], [], [], [], []
+
+    def spy_forward(model, batch, splits):
+        calls.append((id(model), batch.clone(), next(model.parameters()).requires_grad))
+        assert model.training                                      # batch statistics, all of them
+        return forward(model, batch, splits)
+
+    def spy_soft(z, soft):
+        assert not soft.requires_grad
+        peers.append(soft)
+        return soft_loss(z, soft)
+    monkeypatch.setattr(sskd, "forward", spy_forward)
+    monkeypatch.setattr(sskd, "soft_label_loss", spy_soft)
+    monkeypatch.setattr(torch.Tensor, "backward",
+                        lambda x: (total.append(x.item()), backward(x))[1])
+    monkeypatch.setattr(common.Means, "add", lambda self, **t: (
+        terms.append({k: v.item() for k, v in t.items()}), add(self, **t))[1])
+    softmax = torch.Tensor.softmax
+
+    def spy_softmax(x, dim):
+        p = softmax(x, dim)
+        if not torch.is_grad_enabled():
+            said.append(p)
+        return p
+    monkeypatch.setattr(torch.Tensor, "softmax", spy_softmax)
+    sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source"), "--nets",
+                   str(nets), *["--shared-view"] * shared, "--epochs", "1", "--iters", "3"))
+    assert len(calls) == 2 * nets * 3 and len(said) == len(peers) == nets * 3
+    for i in range(3):
+        step = calls[2 * nets * i:2 * nets * (i + 1)]
+        slow, students = step[:nets], step[nets:]
+        assert not any(grad for *_, grad in slow) and all(grad for *_, grad in students)
+        assert len({name for name, *_ in step}) == 2 * nets
+        for n in range(nets):
+            assert torch.equal(slow[n][1], students[n][1])
+            assert torch.equal(students[n][1], students[0][1]) == (shared or n == 0)
+            assert peers[nets * i + n] is said[nets * i + (n + 1) % nets]
+    for value, t in zip(total, terms):
+        wanted = .5 * t["id"] + .5 * t["soft"] + 3 * t["ms"] + 1.5 * t["nuc"]
+        assert abs(value - wanted) < 1e-5 * max(1, abs(wanted))
+
+
+def test_the_slow_copy_is_the_result(finished, tiny, other, tmp_path, monkeypatch):
+    """At alpha 1 the copies stay where the first steps left them: a mean of M's weights."""
+    seen, follow = [], sskd.follow
+
+    def spy(slow, net, alpha):
+        seen.append((alpha, [p.detach().clone() for p in net.parameters()]))
+        follow(slow, net, alpha)
+    monkeypatch.setattr(sskd, "follow", spy)
+    sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source"), "--nets", "1",
+                   "--alpha", "1"))
+    alphas = [alpha for alpha, _ in seen[::2]]                     # network, classifier, network...
+    assert alphas == [1 - 1 / (t + 1) for t in range(4)]           # t counts on over the epochs
+    mean = sum(parameters[0] for _, parameters in seen[::2]) / 4
+    torch.testing.assert_close(weights(tmp_path)["backbone.0.weight"], mean)
+
+
+def test_source_training_lets_the_target_pass_and_learns_the_source(tiny, other, tmp_path,
+                                                                    monkeypatch):
+    forward, learns, rates = sskd.forward, [], []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(sskd, "forward", lambda *args: (learns.append(torch.is_grad_enabled()),
+                                                        forward(*args))[1])
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *more: (
+        rates.append(self.param_groups[0]["lr"]), step(self, *more))[1])
+    args = sskd.get_args(pair(other, tiny, tmp_path, "--source-epochs", "16", "--source-iters", "1",
+                              "--lr", "1e-3"))
+    source, target = (common.load(str(name))[0] for name in (other, tiny))
+    images = [common.read_images(split, 64, 32) for split in (source, target)]
+    sskd.train_source(args, 2, str(tmp_path / "2"), source, *images)
+    assert learns == [True, False] * 16
+    np.testing.assert_allclose(rates, [5e-4] + [1e-3] * 7 + [1e-4] * 6 + [1e-5] * 2)
+    assert losses(tmp_path / "2")[-1]["source"] < math.log(9) + 2
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+def test_pairs_that_are_refused(finished, tiny, other, tmp_path, capsys):
+    sources = finished[0] / "source"
+
+    def refuse(*flags, says, out=tmp_path / "out"):
+        with pytest.raises(SystemExit) as stop:
+            common.run(lambda: sskd.main(pair(other, tiny, out, *map(str, flags))))
+        errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert stop.value.code == 2 and len(errors) == 1, errors
+        assert all(x in errors[0] for x in says), errors[0]
+        assert not (tmp_path / "out" / "last.pt").exists()
+    refuse("--source", tiny, says=["--source and --data", "two data sets"])
+    refuse("--source", "/nowhere", says=["/nowhere"])
+    refuse("--id", "0", "--ms", "0", says=["--id 0 --ms 0"])
+    refuse("--sources", sources, "--arch", "resnet18", says=["--arch small, now resnet18"])
+    refuse("--sources", sources, "--source", "toy-source", says=["--source", "now toy-source"])
+    refuse("--sources", sources, "--source-epochs", "3", says=["--source-epochs 2, now 3"])
+    single = draw(tmp_path / "single", train=12, test=2, cameras=2, shots=2)
+    for path in (single / "bounding_box_train").iterdir():
+        if "c1s1_000000" not in path.name:
+            os.remove(path)
+    refuse("--source", single, says=["single", "at most 1 images"])
+    refuse("--eps", ".5", out=finished[0], says=["--eps 0.55, now 0.5"])
+    (tmp_path / "half" / "1").mkdir(parents=True)
+    whole = (sources / "1" / "last.pt").read_bytes()
+    (tmp_path / "half" / "1" / "last.pt").write_bytes(whole[:4000])
+    refuse("--sources", tmp_path / "half", says=[os.path.join("half", "1"), "last.pt"])
+    state = common.load_checkpoint(str(sources / "1" / "last.pt"))
+    common.save_checkpoint(str(tmp_path / "half" / "1" / "last.pt"), **{**state, "epoch": 1})
+    refuse("--sources", tmp_path / "half", says=["stopped after epoch 1 of 2"])
+
+
+def test_settings_and_flags():
+    toy, market = sskd.get_args([]), sskd.get_args(["--source", "msmt17", "--data", "market1501"])
+    assert (toy.source, toy.data, toy.arch) == ("toy-source", "toy", "small")
+    assert (market.nets, market.id, market.soft, market.ms, market.nuc, market.alpha, market.rho,
+            market.k1, market.lr, market.lr_drop >= market.epochs, market.batch_size,
+            market.num_instances, market.iters, market.epochs, market.source_epochs,
+            market.source_iters, market.bn_splits, market.temp) == (
+        3, .5, .5, 3, 1.5, .999, 1.6e-3, 20, 3.5e-4, True, 64, 4, 400, 20, 80, 100, 4, 1)
