@@ -80,8 +80,8 @@ def add_run_flags(parser):
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all chance (%(default)s)")
     add("--device", default="auto", choices=DEVICES, help="(%(default)s)")
     add("--arch", choices=ARCHS, help="network (%(default)s)")
-    add("--weights", help="imagenet, a torchvision FILE, or none: from random weights, with a "
-        "warm-up, colour jitter and centring per camera (%(default)s)")
+    add("--weights", help="imagenet, a torchvision FILE, or none: from random weights, with "
+        "jitter, centring per camera and, where there is no source, a warm-up (%(default)s)")
     add("--size", type=number(int, 32, 2048), nargs=2, metavar=("H", "W"),
         help="height and width of an image (%(default)s / 256 128)")
     add("--true-ids", action="store_true", help="no clustering, the true ids: the upper bound")
@@ -797,16 +797,20 @@ def extract_features(model, images, batch_size=256):
     return features
 
 
+def camera_means(features, cams):
+    """(N, D) features -> (N, D): for every image the mean feature of its camera."""
+    cams = torch.from_numpy(cams).to(features.device)
+    sums = features.new_zeros(int(cams.max()) + 1, features.shape[1]).index_add_(0, cams, features)
+    return (sums / torch.bincount(cams).clamp(min=1)[:, None])[cams]
+
+
 def centre_cameras(features, cams):
     """Subtract each camera's mean feature: (N, D) unit rows -> (N, D) unit rows.
 
     Not a step of the papers: a network that starts from random weights groups images by camera
     first, and this removes what a camera's images have in common.
     """
-    cams = torch.from_numpy(cams).to(features.device)
-    sums = features.new_zeros(int(cams.max()) + 1, features.shape[1]).index_add_(0, cams, features)
-    counts = torch.bincount(cams).clamp(min=1)
-    return F.normalize(features - (sums / counts[:, None])[cams])
+    return F.normalize(features - camera_means(features, cams))
 
 
 @torch.no_grad()
@@ -931,8 +935,9 @@ def dbscan(distance, eps, min_samples=4):
     if clusters < 2:
         way = "lower" if clusters else "raise"
         raise Problem(f"{clusters} clusters and {outliers:,} outliers among {len(labels):,} images "
-                      f"at --eps {eps}, min_samples {min_samples}: {way} --eps, start from better "
-                      "features (--weights imagenet), or bring --k1 near the images per person")
+                      f"at eps {eps:.4g}, min_samples {min_samples}: {way} --eps, start from "
+                      "better features (--weights imagenet), or bring --k1 near the images per "
+                      "person")
     return labels
 
 
@@ -1107,7 +1112,7 @@ class Log:
             raise Problem(f"{folder} cannot be written: {error} (choose another --out)") from error
         if os.path.exists(os.path.join(folder, "last.pt")):
             raise Problem(f"{folder} holds a run already, nothing in it was touched (choose another"
-                          " --out, or delete it)")
+                          " --out, or delete its last.pt)")
         here = os.path.dirname(os.path.abspath(__file__))
         try:
             commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, text=True,
@@ -1179,11 +1184,11 @@ def finished(folder, args, epochs, free=()):
     other = [f"--{flag.replace('_', '-')} {state[flag]}, now {vars(args)[flag]}"
              for flag in flags if state[flag] != vars(args)[flag]]
     if other:
-        raise Problem(f"{folder} holds a run with other flags: {'; '.join(other)} (choose another "
-                      "--out, or delete it)")
+        raise Problem(f"{path} is of a run with other flags: {'; '.join(other)} (choose another "
+                      "--out, or delete that file alone)")
     if state["epoch"] != epochs:
-        raise Problem(f"{folder} holds a run that stopped after epoch {state['epoch']} of {epochs} "
-                      "(choose another --out, or delete it)")
+        raise Problem(f"{path} is of a run that stopped after epoch {state['epoch']} of {epochs} "
+                      "(choose another --out, or delete that file alone)")
     print(f"{folder}: finished before, nothing to do")
     return state
 

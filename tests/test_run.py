@@ -15,6 +15,7 @@ import ccsd
 import common
 import eval as scoring
 import mskd
+import sskd
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +131,8 @@ def test_bad_data(tmp_path):
     (folder / "query" / "somebody.jpg").write_bytes(whole)
     refuse(*few, says="somebody.jpg")
     os.remove(folder / "query" / "somebody.jpg")
-    refuse(*few, "--eps", ".01", says="0 clusters and 12 outliers.*--eps 0.01")
-    refuse(*few, "--eps", "1", says="1 clusters and 0 outliers.*--eps 1")
+    refuse(*few, "--eps", ".01", says="0 clusters and 12 outliers.*at eps 0.01")
+    refuse(*few, "--eps", "1", says="1 clusters and 0 outliers.*at eps 1")
     for path in (folder / "bounding_box_train").iterdir():
         if "_c2" in path.name:
             os.remove(path)
@@ -206,19 +207,19 @@ def test_rerank(k1, k2, lam):
 
 def test_every_command_of_the_readme_parses():
     text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
-    text += ccsd.__doc__ + mskd.__doc__
-    commands = re.findall(r"python (ccsd|mskd|eval)\.py([^\n`#|]*)", text)
+    text += ccsd.__doc__ + mskd.__doc__ + sskd.__doc__
+    commands = re.findall(r"python (ccsd|mskd|sskd|eval)\.py([^\n`#|]*)", text)
     assert len(commands) > 8
     for page, words in commands:
         words = [word for word in shlex.split(re.split(r"\s{3,}", words)[0])]
         if "--help" not in words:
-            dict(ccsd=ccsd, mskd=mskd, eval=scoring)[page].get_args(words)
+            dict(ccsd=ccsd, mskd=mskd, sskd=sskd, eval=scoring)[page].get_args(words)
     assert "python -m pytest" in text
     with open(os.path.join(HERE, ".ci", "run"), encoding="utf-8") as file:
         assert "python -m pytest -q tests" in file.read()
 
 
-@pytest.mark.parametrize("page", ["ccsd.py", "mskd.py", "eval.py"])
+@pytest.mark.parametrize("page", ["ccsd.py", "mskd.py", "sskd.py", "eval.py"])
 def test_help(page):
     done = program(page, "--help")
     assert done.returncode == 0 and "--data" in done.stdout and "None)" not in done.stdout

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -126,9 +127,9 @@ def test_slow_copies_follow_exactly():
             for parameter in net.parameters():
                 parameter += double(*parameter.shape, seed=t)
             net[1].running_mean += 1
-        sskd.follow(slow, net, min(1 - 1 / (t + 1), .9))
-        seen.append(net[0].weight.detach().clone())
         alpha = min(1 - 1 / (t + 1), .9)
+        sskd.follow(slow.parameters(), net.parameters(), alpha)
+        seen.append(net[0].weight.detach().clone())
         wanted = seen[-1] if wanted is None else alpha * wanted + (1 - alpha) * seen[-1]
         torch.testing.assert_close(slow[0].weight.data, wanted)
         if t == 8:
@@ -136,9 +137,9 @@ def test_slow_copies_follow_exactly():
     assert (slow[1].running_mean == 0).all()
 
 
-# --------------------------------------------------------------------------------------- both stages
+# -------------------------------------------------------------------------------------- both stages
 
-def test_end_to_end_and_a_second_run_does_nothing(finished, tiny, other):
+def test_end_to_end_and_a_second_run_is_refused(finished, tiny, other):
     out, done = finished
     assert done.returncode == 0, done.stderr
     assert [line["title"] for line in losses(out)] == ["source only", "epoch 1/2", "epoch 2/2"]
@@ -149,7 +150,7 @@ def test_end_to_end_and_a_second_run_does_nothing(finished, tiny, other):
     assert not torch.equal(a, b)                                   # networks of different seeds
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     again = program("sskd.py", *pair(other, tiny, out))
-    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert again.returncode == 2 and "holds a run already" in again.stderr
     assert files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     scores = json.loads(program("eval.py", out, "--json").stdout)
     assert scores["mAP"] == losses(out)[-1]["mAP"]
@@ -200,7 +201,7 @@ def test_views_peers_and_totals(nets, shared, finished, tiny, other, tmp_path, m
 
     def spy_softmax(x, dim):
         p = softmax(x, dim)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and dim == 1:
             said.append(p)
         return p
     monkeypatch.setattr(torch.Tensor, "softmax", spy_softmax)
@@ -225,15 +226,14 @@ def test_the_slow_copy_is_the_result(finished, tiny, other, tmp_path, monkeypatc
     """At alpha 1 the copies stay where the first steps left them: a mean of M's weights."""
     seen, follow = [], sskd.follow
 
-    def spy(slow, net, alpha):
-        seen.append((alpha, [p.detach().clone() for p in net.parameters()]))
-        follow(slow, net, alpha)
+    def spy(slow, fast, alpha):
+        seen.append((alpha, fast[1].detach().clone()))             # classifier, first layer, ...
+        follow(slow, fast, alpha)
     monkeypatch.setattr(sskd, "follow", spy)
     sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source"), "--nets", "1",
                    "--alpha", "1"))
-    alphas = [alpha for alpha, _ in seen[::2]]                     # network, classifier, network...
-    assert alphas == [1 - 1 / (t + 1) for t in range(4)]           # t counts on over the epochs
-    mean = sum(parameters[0] for _, parameters in seen[::2]) / 4
+    assert [alpha for alpha, _ in seen] == [1 - 1 / (t + 1) for t in range(4)]  # t counts on
+    mean = sum(layer for _, layer in seen) / 4
     torch.testing.assert_close(weights(tmp_path)["backbone.0.weight"], mean)
 
 
@@ -269,7 +269,9 @@ def test_pairs_that_are_refused(finished, tiny, other, tmp_path, capsys):
         assert not (tmp_path / "out" / "last.pt").exists()
     refuse("--source", tiny, says=["--source and --data", "two data sets"])
     refuse("--source", "/nowhere", says=["/nowhere"])
-    refuse("--id", "0", "--ms", "0", says=["--id 0 --ms 0"])
+    refuse("--id", "0", "--ms", "0", "--soft", "0", says=["--id 0 --soft 0 --ms 0"])
+    refuse("--sources", tmp_path / "nothing", says=["no source network", "OUT/source"])
+    refuse("--lr", "1e9", says=["training diverged"])
     refuse("--sources", sources, "--arch", "resnet18", says=["--arch small, now resnet18"])
     refuse("--sources", sources, "--source", "toy-source", says=["--source", "now toy-source"])
     refuse("--sources", sources, "--source-epochs", "3", says=["--source-epochs 2, now 3"])
@@ -277,18 +279,31 @@ def test_pairs_that_are_refused(finished, tiny, other, tmp_path, capsys):
     for path in (single / "bounding_box_train").iterdir():
         if "c1s1_000000" not in path.name:
             os.remove(path)
-    refuse("--source", single, says=["single", "at most 1 images"])
-    refuse("--eps", ".5", out=finished[0], says=["--eps 0.55, now 0.5"])
+    refuse("--source", single, says=["single", "no person has two images"])
+    refuse(out=finished[0], says=["holds a run already"])
     (tmp_path / "half" / "1").mkdir(parents=True)
     whole = (sources / "1" / "last.pt").read_bytes()
     (tmp_path / "half" / "1" / "last.pt").write_bytes(whole[:4000])
     refuse("--sources", tmp_path / "half", says=[os.path.join("half", "1"), "last.pt"])
     state = common.load_checkpoint(str(sources / "1" / "last.pt"))
     common.save_checkpoint(str(tmp_path / "half" / "1" / "last.pt"), **{**state, "epoch": 1})
-    refuse("--sources", tmp_path / "half", says=["stopped after epoch 1 of 2"])
+    refuse("--sources", tmp_path / "half", says=["stopped after epoch 1 of 2", "that file alone"])
+    shutil.copytree(sources, tmp_path / "out" / "source", dirs_exist_ok=True)  # the run's own: seeds must agree
+    refuse("--seed", "1", says=["--seed 0, now 1"])
+
+
+@pytest.mark.parametrize("off", ["id", "soft", "ms", "nuc"])
+def test_a_term_of_weight_0_is_not_there(off, tiny, other, tmp_path):
+    sskd.main(pair(other, tiny, tmp_path, f"--{off}", "0", "--nets", "1", "--epochs", "1",
+                   "--eps", "0", "--rho", ".15", "--batch-size", "4"))
+    last = losses(tmp_path)[-1]
+    assert {"id", "soft", "ms", "nuc"} - last.keys() == {off} and 0 < last["eps"] < 1
 
 
 def test_settings_and_flags():
+    assert sskd.get_args(["--data", "toy-source"]).source == "toy"
+    assert sskd.get_args(["--data", "msmt17"]).source == "market1501"
+    assert sskd.get_args(["--seed", str(2**32 - 1)]).seed == 2**32 - 1
     toy, market = sskd.get_args([]), sskd.get_args(["--source", "msmt17", "--data", "market1501"])
     assert (toy.source, toy.data, toy.arch) == ("toy-source", "toy", "small")
     assert (market.nets, market.id, market.soft, market.ms, market.nuc, market.alpha, market.rho,
