@@ -227,7 +227,8 @@ def test_the_slow_copy_is_the_result(finished, tiny, other, tmp_path, monkeypatc
     seen, follow = [], sskd.follow
 
     def spy(slow, fast, alpha):
-        seen.append((alpha, fast[1].detach().clone()))             # classifier, first layer, ...
+        slow, fast = list(slow), list(fast)
+        seen.append((alpha, fast[0].detach().clone()))
         follow(slow, fast, alpha)
     monkeypatch.setattr(sskd, "follow", spy)
     sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source"), "--nets", "1",
@@ -235,6 +236,59 @@ def test_the_slow_copy_is_the_result(finished, tiny, other, tmp_path, monkeypatc
     assert [alpha for alpha, _ in seen] == [1 - 1 / (t + 1) for t in range(4)]  # t counts on
     mean = sum(layer for _, layer in seen) / 4
     torch.testing.assert_close(weights(tmp_path)["backbone.0.weight"], mean)
+
+
+def test_soft_labels_are_free_of_the_camera(finished, tiny, other, tmp_path, monkeypatch):
+    """From random weights: softmax(<unit(f - its camera's mean), centred cluster means> / tau)."""
+    seen = {}
+
+    def spy(where, name):
+        call = getattr(where, name)
+
+        def wrapped(*args, **more):
+            result = call(*args, **more)
+            seen.setdefault(name, []).append((args, result))
+            return result
+        monkeypatch.setattr(where, name, wrapped)
+    for where, name in ((sskd, "forward"), (sskd, "soft_label_loss"), (common, "camera_means"),
+                        (common, "cluster_means"), (common, "centre_cameras")):
+        spy(where, name)
+    sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source"), "--nets", "1",
+                   "--epochs", "1", "--iters", "1"))
+    (_, centred), = seen["centre_cameras"]
+    (raw, _), centred_call = seen["cluster_means"][0][0], seen["cluster_means"][1]
+    assert torch.equal(centred_call[0][0], centred) and not torch.equal(raw, centred)
+    f = seen["forward"][0][1][0]                                   # the slow copy's, no gradient
+    (_, soft), _ = seen["soft_label_loss"][0]
+    mean = seen["camera_means"][-1][1]
+    cams = common.load(str(tiny))[0].cams
+    means = [mean[int(np.flatnonzero(cams == v)[0])] for v in range(3)]
+    for i in range(6):                                             # of one of the cameras it is
+        fits = [torch.allclose(soft[i], (F.normalize(f[i] - m, dim=0) @ centred_call[1].T / .1
+                                         ).softmax(0), atol=1e-5) for m in means]
+        assert any(fits)
+
+
+def test_slow_classifiers_follow_when_nothing_is_centred(tiny, other, tmp_path, monkeypatch):
+    """As in the authors' code: started from given weights, the copies of the classifiers follow."""
+    import torchvision
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    follow, shapes, jitters = sskd.follow, [], []
+    augment = common.augment
+
+    def spy(slow, fast, alpha):
+        slow, fast = list(slow), list(fast)
+        shapes.append(tuple(slow[0].shape))
+        follow(slow, fast, alpha)
+    monkeypatch.setattr(sskd, "follow", spy)
+    monkeypatch.setattr(common, "augment", lambda *args, **more: (
+        jitters.append(more.get("jitter", 0)), augment(*args, **more))[1])
+    sskd.main(pair(other, tiny, tmp_path / "out", "--arch", "resnet18", "--weights",
+                   str(tmp_path / "resnet18.pth"), "--nets", "1", "--epochs", "1", "--eps", "0",
+                   "--rho", ".1", "--batch-size", "4", "--source-iters", "1"))
+    assert len(shapes) == 4 and shapes[0] == (64, 3, 7, 7) and shapes[1][1] == 512
+    assert not any(jitters)
 
 
 def test_source_training_lets_the_target_pass_and_learns_the_source(tiny, other, tmp_path,
@@ -288,8 +342,8 @@ def test_pairs_that_are_refused(finished, tiny, other, tmp_path, capsys):
     state = common.load_checkpoint(str(sources / "1" / "last.pt"))
     common.save_checkpoint(str(tmp_path / "half" / "1" / "last.pt"), **{**state, "epoch": 1})
     refuse("--sources", tmp_path / "half", says=["stopped after epoch 1 of 2", "that file alone"])
-    shutil.copytree(sources, tmp_path / "out" / "source", dirs_exist_ok=True)  # the run's own: seeds must agree
-    refuse("--seed", "1", says=["--seed 0, now 1"])
+    shutil.copytree(sources, tmp_path / "out" / "source", dirs_exist_ok=True)
+    refuse("--seed", "1", says=["--seed 0, now 1"])                # the run's own are of its seed
 
 
 @pytest.mark.parametrize("off", ["id", "soft", "ms", "nuc"])
