@@ -38,7 +38,7 @@ Not said in paper or code, chosen here
   N2 --weights none adds what no paper claims: a warm-up without labels, colour jitter, and features
      centred per camera before clustering; any other --weights has none of them
 Run
-  python mskd.py                                     toy set, 2 CPU cores: about 3 minutes, 83 mAP
+  python mskd.py                                     toy set, 2 CPU cores: 160 s, 85 mAP
   python mskd.py --data market1501 --root data       one GPU of about 40 GB: not measured
 """
 
