@@ -169,7 +169,7 @@ def load(name, root="data", at_least=1):
     A `name` that ends in :source or :target is one half of a data set, to try domain adaptation
     with a single one: of the training people, shuffled with seed 0, the first half in the first
     half of the cameras, or the others in the other cameras; tests keep all their people, in the
-    half's cameras. So the two halves share neither people nor cameras.
+    half's cameras. So training images of the two halves share neither people nor cameras.
     """
     name, half = name.rsplit(":", 1) if name.endswith((":source", ":target")) else (name, None)
     if name in ("toy", "toy-source") and not os.path.isdir(os.path.join(root, name)):

@@ -29,7 +29,7 @@ Symbols: z = <unit feature, row of the classifier> / tau, tau --temp; k = y(i) c
   alpha --alpha; rho --rho; t steps since the start, from 0; id, soft, ms, nuc: their flags
 Differences from the code
   D1 classifiers are made new for each epoch's clusters; there wider ones use their first C outputs
-  D2 backward runs network by network: the same gradients, a third of the memory
+  D2 backward runs network by network: same gradients, a third of the activations
   D3 E_1 of the last epoch is the result, a single network
   D4 on the toy domains tau .1, rho .015, a cosine for lr, and alpha .9, the one chosen by scores
      (README); the code has no tau (1), 1.6e-3, a constant lr, .999
