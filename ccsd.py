@@ -218,6 +218,8 @@ def main(argv=None):
     args = get_args(argv)
     generator, device = common.seed_everything(args.seed), common.pick_device(args.device)
     log = common.Log(args.out, device, args)
+    if log.finished:
+        return log.finished["scores"]
 
     # ---- 0 data, network, optimiser
     train, query, gallery = common.load(args.data, args.root, args.batch_size)
@@ -234,12 +236,15 @@ def main(argv=None):
         return common.evaluate(common.extract_features(model, query_images),
                                common.extract_features(model, gallery_images), query, gallery)
 
-    log.epoch("start", scores=test())
-    if from_scratch:  # N6
+    kept = log.restore(len(images), generator=generator, model=model, optimizer=optimizer)
+    labels = kept.get("labels")
+    if not kept:
+        log.epoch("start", scores=test())
+    if not kept and from_scratch:  # N6
         common.warm_up(model, images, cams, generator)
         log.epoch("warmed up", scores=test())
 
-    for epoch in range(args.epochs):
+    for epoch in range(kept.get("epoch", 0), args.epochs):
         # ---- 1 features
         features = common.extract_features(model, images)                         # (N, D)
 
@@ -249,7 +254,9 @@ def main(argv=None):
             labels = common.renumber(train.pids)                                         # (N,)
         else:
             distance = common.jaccard_distance(centred, args.k1, max_distance=args.eps)
-            labels = common.dbscan(distance, args.eps)
+            labels = common.dbscan(distance, args.eps,
+                                   at_least=args.batch_size // args.num_instances,
+                                   instead=labels if args.on_collapse == "skip" else None)
         unrefined = common.label_quality(labels, train.pids)
 
         # ---- 3 camera-aware cluster refinement: labels change, then they are split for good
@@ -308,13 +315,11 @@ def main(argv=None):
             means.add(base=L_base, intra=L_intra, cross=L_cross, kd=L_kd)
 
         # ---- 6 report, evaluate, save
-        last = epoch + 1 == args.epochs
+        losses, last = means.values(epoch + 1), epoch + 1 == args.epochs
         scores = test() if last or (epoch + 1) % args.eval_every == 0 else {}
-        losses = means.values()
-        common.save_checkpoint(os.path.join(args.out, "last.pt"), model=model.state_dict(), parts=0,
-                               pooling="gem", epoch=epoch + 1, **vars(args))
         log.epoch(f"epoch {epoch + 1}/{args.epochs}", common.label_quality(labels, train.pids),
-                  losses, scores, epoch=epoch + 1, unrefined_ARI=unrefined["ARI"])
+                  losses, scores, epoch=epoch + 1, unrefined_ARI=unrefined["ARI"], keep=dict(
+                      generator=generator, model=model, optimizer=optimizer, labels=labels))
     return scores
 
 

@@ -18,14 +18,22 @@ import os
 import platform
 import random
 import re
+import shlex
+import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+try:
+    import fcntl
+except ImportError:  # Windows: there two runs in one folder are not noticed
+    fcntl = None
 import numpy as np
 import sklearn
 import torch
@@ -77,6 +85,11 @@ def add_run_flags(parser):
         "of market1501 for a folder")
     add("--root", default="data", help="where data sets live (%(default)s)")
     add("--out", help="folder of the run (runs/METHOD-DATA-sSEED)")
+    add("--resume", action="store_true", help="go on after the last finished epoch in OUT, where "
+        "there is one; --epochs may have grown")
+    add("--on-collapse", choices=("stop", "skip"), default="stop", help="when clustering finds "
+        "fewer clusters than a batch needs: stop, or train on the labels of the epoch before "
+        "(%(default)s)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all chance (%(default)s)")
     add("--device", default="auto", choices=DEVICES, help="(%(default)s)")
     add("--arch", choices=ARCHS, help="network (%(default)s)")
@@ -106,20 +119,26 @@ def parse(parser, argv, method, settings):
     return args
 
 
-def run(main):
-    """Call main() as a program: a Problem becomes one line on stderr and exit code 2."""
+def run(main, resume="--resume"):
+    """Call main() as a program: a Problem becomes one line on stderr and exit code 2; Ctrl-C and
+    SIGTERM one line with the command that goes on, by the flag `resume`, and exit code 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return main()
     except Problem as problem:
         message = problem
     except KeyboardInterrupt:
-        print("interrupted (finished epochs are kept)", file=sys.stderr)
+        sys.unraisablehook = lambda _: None  # of a progress bar that was cut short
+        words = shlex.join([*(word for word in sys.argv if word != resume), resume or ""])
+        print("\ninterrupted" if not resume else "\ninterrupted, finished epochs are kept; go on "
+              f"with: python {words}", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:  # torch raises the latter for main memory too
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         message = "out of memory (lower --batch-size or --size, or choose a smaller --arch)"
-    print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
+    line = " ".join(str(message).splitlines())  # a file's name may hold anything
+    print("error:", "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
     sys.exit(2)
 
 
@@ -153,18 +172,19 @@ DATASETS = {
 }
 TRIPLES = (("bounding_box_train", "query", "bounding_box_test"),
            ("image_train", "image_query", "image_test"))
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+SUFFIXES, FORMATS = (".jpg", ".jpeg", ".png", ".bmp"), ("JPEG", "PNG", "BMP")
 
 
-def load(name, root="data", at_least=1):
+def load(name, root="data", at_least=1, draw=True):
     """Read a data set -> train, query, gallery (Splits, in sorted order of the files).
 
     `name` is a key of DATASETS, looked for in root/name, root/name/<official folder>,
     root/<official folder> and root, or any folder that holds one of TRIPLES. A file name starts
     with the person and the camera, 0002_c1...: person -1 is junk and dropped, person 0 is a
     distractor, in no query, and so a wrong answer wherever it is ranked. Cameras are renumbered
-    0..V-1 over all splits. Raises Problem for a missing folder, an empty split, less than
-    `at_least` training images (a batch) or a name that does not parse.
+    0..V-1 over all splits. The toy sets are drawn on first use, unless `draw` is False. Raises
+    Problem for a missing folder, an empty split, less than `at_least` training images (a batch), a
+    name that does not parse or a link that leaves the folder.
 
     A `name` that ends in :source or :target is one half of a data set, to try domain adaptation
     with a single one: of the training people, shuffled with seed 0, the first half in the first
@@ -172,7 +192,7 @@ def load(name, root="data", at_least=1):
     half's cameras. So training images of the two halves share neither people nor cameras.
     """
     name, half = name.rsplit(":", 1) if name.endswith((":source", ":target")) else (name, None)
-    if name in ("toy", "toy-source") and not os.path.isdir(os.path.join(root, name)):
+    if draw and name in ("toy", "toy-source") and not os.path.isdir(os.path.join(root, name)):
         make_toy(os.path.join(root, name), domain=name)
     if name in DATASETS:
         facts = DATASETS[name]
@@ -196,12 +216,13 @@ def load(name, root="data", at_least=1):
 def _read_folder(folder):
     """-> list of (path, person, camera), sorted by name; every file must parse."""
     rows, wrong = [], []
-    for name in sorted(os.listdir(folder)):
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        name = entry.name
         if name.startswith(".") or name in ("Thumbs.db", "desktop.ini", "__MACOSX"):
             continue
         match = re.match(r"(-?\d{1,9})_c(\d{1,9})(?!\d)", name)
         if match and name.lower().endswith(SUFFIXES):
-            rows.append((os.path.join(folder, name), int(match[1]), int(match[2])))
+            rows.append((entry.path, int(match[1]), int(match[2])))
         else:
             wrong.append(name)
     if wrong:
@@ -242,6 +263,7 @@ def _finish(name, folder, raw, facts, at_least, half):
         if count is not None and rows and len(rows) != count:
             print(f"warning: {name} {kind}: {len(rows):,} images in {folder}, {count:,} published",
                   file=sys.stderr)
+    _stay_inside(folder, [path for rows in raw for path, _, _ in rows])
     if half:
         cameras = sorted({camera for rows in raw for _, _, camera in rows})
         people = np.random.default_rng(0).permutation(sorted({person for _, person, _ in raw[0]}))
@@ -270,6 +292,26 @@ def _finish(name, folder, raw, facts, at_least, half):
         f"{kind} {len(split.paths):,} images of {len(set(split.pids.tolist())):,}"
         for kind, split in zip(("train", "query", "gallery"), splits)) + " ids", file=sys.stderr)
     return splits
+
+
+def _stay_inside(folder, paths):
+    """Raises Problem for what is no plain file: a pipe, a folder, a link that leaves the data set
+    (it could show any file of this machine). The data set's own folder may be a link."""
+    home, parts = os.path.realpath(folder), {}
+    for path in paths:
+        part, name = os.path.split(path)
+        if part not in parts:
+            parts[part] = os.path.realpath(part)
+        try:
+            kind = os.lstat(path).st_mode
+            real = os.path.realpath(path) if stat.S_ISLNK(kind) else os.path.join(parts[part], name)
+            if os.path.commonpath([home, real]) != home:
+                raise Problem(f"{path} leads out of {folder}, to {real} (copy the images, links "
+                              "that leave a data set are not followed)")
+            if not os.path.isfile(real):
+                raise OSError("not a file")
+        except (OSError, ValueError) as error:
+            raise Problem(f"{path} cannot be read: {error} (remove it or copy it again)") from error
 
 
 # ====================================================================================== the toy set
@@ -527,7 +569,7 @@ def read_images(split, height, width):
 
     def read(i):
         try:
-            with Image.open(split.paths[i]) as picture:
+            with Image.open(split.paths[i], formats=FORMATS) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise Problem(f"{split.paths[i]}: {picture.width} x {picture.height} pixels is "
                                   "no pedestrian crop (remove or shrink the file)")
@@ -537,8 +579,11 @@ def read_images(split, height, width):
             raise Problem(f"{split.paths[i]}: cannot be read as an image ({error}); "
                           "remove the file or copy it again") from error
 
-    with ThreadPoolExecutor() as pool:
+    pool = ThreadPoolExecutor()
+    try:
         list(tqdm(pool.map(read, range(len(images))), "decoding images", len(images), leave=False))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
     return images
 
 
@@ -695,6 +740,7 @@ class Encoder(nn.Module):
                     self.backbone.add_module(name, module)
         else:
             raise Problem(f"--arch {arch} is unknown (one of {', '.join(ARCHS)})")
+        self.pooling = pooling
         self.width = {"small": 256, "resnet18-layer3": 256, "resnet50": 2048}.get(arch, 512)
         pool = {"gem": GeM,
                 "avg": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())}[pooling]
@@ -920,25 +966,28 @@ def jaccard_distance(features, k1=30, k2=6, max_distance=1.):
     return distance
 
 
-def dbscan(distance, eps, min_samples=4):
+def dbscan(distance, eps, min_samples=4, at_least=2, instead=None):
     """DBSCAN (Ester et al., KDD 1996) on a sparse distance -> (N,) int64 labels, -1 = outlier.
 
     Pairs that are not stored are never neighbours; a point counts itself. 1e-5 is added to eps: two
     images that share s of k2 neighbours and nothing else are at exactly 1 - s / (2 k2 - s), and
-    rounding must not decide which side of eps they fall. Raises Problem for fewer than two
-    clusters: nothing to tell apart.
+    rounding must not decide which side of eps they fall. Fewer than `at_least` clusters are a
+    collapse: the labels `instead` and a warning, or a Problem when there are none.
     """
     graph = sort_graph_by_row_values(distance, copy=True, warn_when_not_sorted=False)
     found = DBSCAN(eps=eps + 1e-5, min_samples=min_samples, metric="precomputed").fit(graph)
     labels = found.labels_.astype(np.int64)
     clusters, outliers = labels.max() + 1, (labels < 0).sum()
-    if clusters < 2:
-        way = "lower" if clusters else "raise"
-        raise Problem(f"{clusters} clusters and {outliers:,} outliers among {len(labels):,} images "
-                      f"at eps {eps:.4g}, min_samples {min_samples}: {way} --eps, start from "
-                      "better features (--weights imagenet), or bring --k1 near the images per "
-                      "person")
-    return labels
+    if clusters >= at_least:
+        return labels
+    what = (f"{clusters} clusters and {outliers:,} outliers among {len(labels):,} images at eps "
+            f"{eps:.4g}, min_samples {min_samples}; a batch needs {at_least} clusters")
+    if instead is not None:
+        tqdm.write(f"warning: {what}: training on the labels of the epoch before", sys.stderr)
+        return instead
+    way = "raise" if 2 * outliers > len(labels) else "lower"
+    raise Problem(f"{what}: {way} --eps, lower --batch-size, start from better features (--weights "
+                  "imagenet), bring --k1 near the images per person, or say --on-collapse skip")
 
 
 # ========================================================================== memory and its quality
@@ -1078,63 +1127,169 @@ class Means:
     """The mean of each loss term over an epoch, without waiting for the device at every step."""
 
     def __init__(self):
-        self.sums, self.count = {}, 0
+        self.history = {}
 
     def add(self, **terms):
-        self.count += 1
         for name, term in terms.items():
             if torch.is_tensor(term):  # a term that is switched off is a plain 0
-                self.sums[name] = self.sums.get(name, 0) + term.detach()
+                self.history.setdefault(name, []).append(term.detach())
 
-    def values(self):
-        """-> dict of floats. Raises Problem when one is not finite: the run diverged."""
-        means = {name: total.item() / self.count for name, total in self.sums.items()}
-        wrong = [name for name, mean in means.items() if not math.isfinite(mean)]
+    def values(self, epoch):
+        """-> dict of floats. Raises Problem when a term was not finite: the run diverged."""
+        history = {name: torch.stack(terms).cpu() for name, terms in self.history.items()}
+        wrong = {name: (~terms.isfinite()).nonzero()[0].item() + 1
+                 for name, terms in history.items() if not terms.isfinite().all()}
         if wrong:
-            raise Problem(f"the loss term {wrong[0]} is not finite: training diverged (lower --lr; "
-                          "the last good epoch is kept)")
-        return means
+            first = min(wrong.values())
+            names = ", ".join(name for name, step in wrong.items() if step == first)
+            raise Problem(f"epoch {epoch}, iteration {first}: not finite: {names}; training "
+                          "diverged (lower --lr; the last good epoch is kept)")
+        return {name: terms.double().mean().item() for name, terms in history.items()}
+
+
+OPEN_LOGS = weakref.WeakValueDictionary()  # of this process: number of the file -> file
 
 
 class Log:
-    """The record of a run: aligned lines on the screen, JSON lines in `folder`/log.jsonl.
+    """A run's folder: lines on the screen and in log.jsonl, the last finished epoch in last.pt.
 
-    The first JSON line holds versions, device, commit and every argument. A folder is taken once an
-    epoch was saved in it; what a run left that failed before is replaced. Raises Problem for a
-    folder that is taken or cannot be written.
+    The first line of log.jsonl holds versions, device, commit and every argument. `finished` is the
+    checkpoint of a run that has nothing left to do, or None. What a run left that finished no epoch
+    is replaced. Raises Problem for a folder that cannot be written, that another process writes
+    into, or that holds a run of other flags or, without --resume, one that stopped early.
+    `epochs`: the flag that counts them; `free`: flags that may differ.
     """
 
-    def __init__(self, folder, device, args):
+    def __init__(self, folder, device, args, epochs="epochs", free=()):
+        self.folder, self.args, self.epochs, self.free = folder, args, epochs, free
         self.path, self.start = os.path.join(folder, "log.jsonl"), time.time()
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as error:
-            raise Problem(f"{folder} cannot be written: {error} (choose another --out)") from error
-        if os.path.exists(os.path.join(folder, "last.pt")):
-            raise Problem(f"{folder} holds a run already, nothing in it was touched (choose another"
-                          " --out, or delete its last.pt)")
+        total, state = vars(args)[epochs], self._read_state()
+        if state and state["epoch"] < total and not args.resume:
+            raise Problem(f"{folder} holds a run that stopped after epoch {state['epoch']} of "
+                          f"{total} (go on with --resume, choose another --out, or delete its "
+                          "last.pt)")
         here = os.path.dirname(os.path.abspath(__file__))
         try:
             commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, text=True,
                                     capture_output=True).stdout.strip()
         except OSError:  # no git here
             commit = ""
-        self.header = dict(args=vars(args), device=str(device), threads=torch.get_num_threads(),
-                           commit=commit, python=platform.python_version(), torch=torch.__version__,
-                           torchvision=torchvision.__version__, numpy=np.__version__,
-                           sklearn=sklearn.__version__)
+        self.header = json.dumps(dict(
+            args=vars(args), device=str(device), threads=torch.get_num_threads(), commit=commit,
+            python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+            torchvision=torchvision.__version__, sklearn=sklearn.__version__))
+        if not (state and state["epoch"] == total and self._text().endswith(state["line"] + "\n")):
+            self._take()
+            state = self._read_state()  # as it is now that nobody else writes
+            if state:
+                self._mend(state)
+        self.state, self.finished = state, None
+        if state and state["epoch"] == total:
+            self.finished = state
+            print(f"{folder}: finished before, nothing to do")
 
-    def write(self, **values):
-        lines = [self.header, values] if self.header else [values]
+    def _read_state(self):
+        """-> the checkpoint in the folder, or None. Raises Problem when its flags are not today's,
+        but for those that change no number, and for more epochs."""
+        path = os.path.join(self.folder, "last.pt")
+        if not os.path.lexists(path):
+            return None
+        flags = [flag for flag in vars(self.args) if flag not in
+                 {*self.free, "out", "root", "device", "eval_every", "resume", "on_collapse"}]
+        state = load_checkpoint(path, ("epoch", "scores", "line", "seconds", "images", *flags))
+        now, kinds = vars(self.args), dict(epoch=int, scores=dict, line=str, seconds=float)
+        if not (all(type(state[key]) is kind for key, kind in kinds.items())
+                and state["epoch"] in range(state[self.epochs] + 1)):
+            raise Problem(f"{path} was not written by these pages (choose another --out)")
+        other = [f"--{flag.replace('_', '-')} {state[flag]}, now {now[flag]}" for flag in flags
+                 if state[flag] != now[flag]
+                 and not (flag == self.epochs and state["epoch"] <= now[flag])]
+        if other:
+            raise Problem(f"{path} is of a run with other flags: {'; '.join(other)} (say the same, "
+                          "choose another --out, or delete that file alone)")
+        return state
+
+    def _take(self):
+        """Open the log, and lock it: the lock goes with the process, however that ends, or with the
+        next run of the same process in the folder, as in a notebook."""
         try:
-            with open(self.path, "w" if self.header else "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
+            os.makedirs(self.folder, exist_ok=True)
+            self.file = open(self.path, "ab", buffering=0)
+            same = os.fstat(self.file.fileno()).st_ino  # by whatever name
+            if same in OPEN_LOGS:
+                OPEN_LOGS.pop(same).close()
+            OPEN_LOGS[same] = self.file
+            if fcntl:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Problem(f"another process is writing into {self.folder} (wait for it, or choose "
+                          "another --out)") from error
         except OSError as error:
-            raise Problem(f"{self.path} cannot be written: {error} (free some space)") from error
-        self.header = None
+            raise Problem(f"{self.folder} cannot be written: {error} (choose another --out)"
+                          ) from error
 
-    def epoch(self, title, labels=None, losses=None, scores=None, **more):
-        """One line a person can read, one line of JSON; empty groups are left out."""
+    def _text(self):
+        try:
+            with open(self.path, encoding="utf-8", errors="replace") as file:
+                return file.read()
+        except OSError:
+            return ""
+
+    def _mend(self, state):
+        """Make the log end with the line of the checkpoint: a stop between the two leaves it out,
+        and what a full disk or another last.pt left behind it comes again."""
+        old = self._text()
+        try:  # half a line at the end is none
+            kept = [line for line in old.split("\n")[:-1]
+                    if json.loads(line).get("epoch", -1) < state["epoch"]]
+        except (ValueError, AttributeError, TypeError) as error:
+            raise Problem(f"{self.path} has a line that is no record of a run (move the file away)"
+                          ) from error
+        new = "".join(line + "\n" for line in [*(kept or [self.header]), state["line"]])
+        same = len(os.path.commonprefix([old, new]).encode())
+        self._append(new.encode()[same:], same)
+        self.header, self.start = None, self.start - state["seconds"]
+
+    def _append(self, data, size):
+        """Cut the log to `size` bytes and append `data`, all of it or nothing."""
+        try:
+            self.file.truncate(size)
+            if self.file.write(data) < len(data):
+                raise OSError("the disk is full")
+        except OSError as error:
+            self.file.truncate(size)
+            raise Problem(f"{self.path} cannot be written: {error} (free some space, then go on "
+                          "with --resume)") from error
+
+    def restore(self, images, **parts):
+        """--resume: put the checkpoint's state into `parts`, modules, optimisers and generators.
+
+        -> dict of what else it holds: epoch, the number of finished ones, and the values that
+        epoch() was told to keep; {} in a new run. Raises Problem when a part does not fit or the
+        number of training images is another.
+        """
+        state, self.state = self.state or {}, None
+        if state and state["images"] != images:
+            raise Problem(f"{self.folder} is of a run on {state['images']} training images, now "
+                          f"there are {images} (restore the data set, or choose another --out)")
+        try:
+            for name, part in parts.items() if state else ():
+                load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
+                load(state.pop(name))
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise Problem(f"{self.folder} cannot be resumed: its last.pt holds no fitting {name} "
+                          "(choose another --out)") from error
+        return {key: value.numpy() if torch.is_tensor(value) else value
+                for key, value in state.items()}
+
+    def epoch(self, title, labels=None, losses=None, scores=None, keep=None, **more):
+        """One line a person can read, one line of JSON; empty groups are left out.
+
+        keep: dict of what --resume and eval.py need, `model` and `labels` among it: modules,
+        optimisers, generators, arrays and plain values; the checkpoint comes first
+        and holds the line, so neither is ever without the other for good. Raises Problem, and keeps
+        the last checkpoint, for weights that are not finite.
+        """
         seconds = time.time() - self.start
         text = [f"{title:>12}"]
         if labels:
@@ -1144,8 +1299,24 @@ class Log:
             text.append("  ".join(f"{name} {value:6.3f}" for name, value in losses.items()))
         if scores:
             text.append(f"mAP {100 * scores['mAP']:5.1f}  R1 {100 * scores['rank1']:5.1f}")
-        self.write(title=title, **more, **(labels or {}), **(losses or {}), **(scores or {}),
-                   seconds=round(seconds, 2))
+        line = json.dumps(dict(title=title, **more, **(labels or {}), **(losses or {}),
+                               **(scores or {}), seconds=round(seconds, 2)))
+        if keep:
+            model, state = keep["model"], {}
+            if not all(value.isfinite().all() for value in model.state_dict().values()):
+                raise Problem(f"{title}: weights are not finite, training diverged (lower --lr; "
+                              "the last good epoch is kept)")
+            for name, value in keep.items():
+                state[name] = (value.get_state() if isinstance(value, torch.Generator) else
+                               torch.from_numpy(value) if isinstance(value, np.ndarray) else
+                               value.state_dict() if hasattr(value, "state_dict") else value)
+            save_checkpoint(os.path.join(self.folder, "last.pt"), **vars(self.args), **state,
+                            parts=model.parts, pooling=model.pooling, epoch=more["epoch"],
+                            images=len(keep["labels"]), scores=scores or {}, line=line,
+                            seconds=seconds)
+        top = f"{self.header}\n" if self.header else ""  # a new run replaces what failed before
+        self._append(f"{top}{line}\n".encode(), 0 if top else os.path.getsize(self.path))
+        self.header = None
         try:
             tqdm.write(" | ".join(text) + f" | {seconds:6.0f} s", file=sys.stdout)
         except OSError:  # nobody reads the screen any more (| head): the log goes on
@@ -1155,7 +1326,7 @@ class Log:
 def save_checkpoint(path, **state):
     """Write plain values and tensors to `path` in one move: a reader sees the old file or the new
     one. Raises Problem, and keeps the old file, when that fails."""
-    draft = f"{path}.{os.getpid()}.tmp"
+    draft = f"{path}.tmp"
     try:
         with open(draft, "wb") as file:
             torch.save(state, file)
@@ -1163,34 +1334,11 @@ def save_checkpoint(path, **state):
             os.fsync(file.fileno())
         os.replace(draft, path)
     except (OSError, RuntimeError) as error:
-        if os.path.exists(draft):
-            os.remove(draft)
         raise Problem(f"{path} cannot be written: {error} (free some space or choose another --out;"
                       " an earlier file is kept)") from error
-
-
-def finished(folder, args, epochs, free=()):
-    """-> the checkpoint in `folder` of a stage that came to its end after `epochs`, or None.
-
-    Raises Problem for a stage that stopped before, and for one whose flags differ from `args`, but
-    for those in `free` and those that change no number.
-    """
-    path = os.path.join(folder, "last.pt")
-    if not os.path.exists(path):
-        return None
-    free = {*free, "out", "root", "device", "eval_every"}
-    flags = [flag for flag in vars(args) if flag not in free]
-    state = load_checkpoint(path, ("epoch", *flags))
-    other = [f"--{flag.replace('_', '-')} {state[flag]}, now {vars(args)[flag]}"
-             for flag in flags if state[flag] != vars(args)[flag]]
-    if other:
-        raise Problem(f"{path} is of a run with other flags: {'; '.join(other)} (choose another "
-                      "--out, or delete that file alone)")
-    if state["epoch"] != epochs:
-        raise Problem(f"{path} is of a run that stopped after epoch {state['epoch']} of {epochs} "
-                      "(choose another --out, or delete that file alone)")
-    print(f"{folder}: finished before, nothing to do")
-    return state
+    finally:
+        if os.path.exists(draft):
+            os.remove(draft)
 
 
 def load_checkpoint(path, keys=()):
@@ -1207,7 +1355,8 @@ def load_checkpoint(path, keys=()):
                       f"({type(error).__name__}; choose another file)") from error
     missing = [key for key in keys if not isinstance(state, dict) or key not in state]
     if missing:
-        raise Problem(f"{path} is a file of another kind: it has no {', '.join(missing)}")
+        raise Problem(f"{path} is a file of another kind: it has no {', '.join(missing[:5])} "
+                      "(choose another file, or another --out)")
     return state
 
 

@@ -65,7 +65,8 @@ def main(argv=None):
         path = os.path.join(path, "last.pt")
     model, state = common.load_encoder(path)
     name = args.data or state["data"]
-    _, query, gallery = common.load(name, args.root or state["root"])
+    _, query, gallery = common.load(name, args.root or state["root"],
+                                    draw=bool(args.root))  # no checkpoint says where to draw
     features = [common.extract_features(model.to(device), common.read_images(split, *state["size"]))
                 for split in (query, gallery)]
     if model.parts:
@@ -86,4 +87,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, resume=None)

@@ -179,13 +179,11 @@ def train_stage(args, out, folder=None):
     """The teacher's stage, or the student's of the teacher in `folder`. -> its last evaluation."""
     args = copy.copy(args)
     args.stage = "student" if folder else "teacher"  # what the checkpoint says it is
-    done = common.finished(out, args, args.epochs,
-                           () if folder else ("teacher", "mu", "teacher_bn"))
-    if done:
-        return done["scores"]
-    teacher = load_teacher(folder, args) if folder else None
     generator, device = common.seed_everything(args.seed), common.pick_device(args.device)
-    log = common.Log(out, device, args)
+    log = common.Log(out, device, args, free=() if folder else ("teacher", "mu", "teacher_bn"))
+    if log.finished:
+        return log.finished["scores"]
+    teacher = load_teacher(folder, args) if folder else None
 
     # ---- 0 data, network, optimiser
     train, query, gallery = common.load(args.data, args.root, args.batch_size)
@@ -199,15 +197,18 @@ def train_stage(args, out, folder=None):
         return common.evaluate(common.extract_features(model, query_images)[0],
                                common.extract_features(model, gallery_images)[0], query, gallery)
 
-    log.epoch("start", scores=test())
-    if from_scratch:  # N2
+    kept = log.restore(len(images), generator=generator, model=model, optimizer=optimizer)
+    labels = kept.get("labels")
+    if not kept:
+        log.epoch("start", scores=test())
+    if not kept and from_scratch:  # N2
         common.warm_up(model, images, cams, generator)
         log.epoch("warmed up", scores=test())
     if teacher:
         teacher.to(device)
 
     first = -1 if teacher else 0  # -1: the student's round on the teacher's labels, "epoch 0"
-    for epoch in range(first, args.epochs):
+    for epoch in range(kept.get("epoch", first), args.epochs):
         # ---- 1 features of three views: global, upper half, lower half
         features = common.extract_features(teacher if epoch < 0 else model, images)  # (3, N, D)
 
@@ -218,7 +219,9 @@ def train_stage(args, out, folder=None):
             labels = common.renumber(train.pids)                                  # (N,)
         else:
             distance = mixed_distance(centred, args.k1, args.l1)
-            labels = common.dbscan(distance, args.eps)
+            labels = common.dbscan(distance, args.eps,
+                                   at_least=args.batch_size // args.num_instances,
+                                   instead=labels if args.on_collapse == "skip" else None)
 
         # ---- 4 memories
         memory = torch.stack([common.cluster_means(view, labels) for view in features])  # (3, C, D)
@@ -264,13 +267,11 @@ def train_stage(args, out, folder=None):
             means.add(L_g=L_g, L_u=L_u, L_d=L_d, D_g=D_g, D_u=D_u, D_d=D_d)
 
         # ---- 6 report, evaluate, save
-        last = epoch + 1 == args.epochs  # D1
+        losses, last = means.values(epoch + 1), epoch + 1 == args.epochs  # D1
         scores = test() if last or (epoch + 1) % args.eval_every == 0 else {}
-        losses = means.values()
-        common.save_checkpoint(os.path.join(out, "last.pt"), model=model.state_dict(), parts=2,
-                               pooling="gem", epoch=epoch + 1, scores=scores, **vars(args))
         log.epoch(f"epoch {epoch + 1}/{args.epochs}", common.label_quality(labels, train.pids),
-                  losses, scores, epoch=epoch + 1)
+                  losses, scores, epoch=epoch + 1, keep=dict(
+                      generator=generator, model=model, optimizer=optimizer, labels=labels))
     return scores
 
 

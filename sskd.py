@@ -185,23 +185,24 @@ def forward(model, batch, splits):
     return tuple(torch.cat(part) for part in zip(*chunks))
 
 
-def train_source(args, n, folder, source, source_images, images):
-    """Step 0: network M_n learns the people of the labelled source -> `folder`/last.pt.
+def train_source(args, n, log, source, source_images, images):
+    """Step 0: network M_n learns the people of the labelled source -> last.pt of the log's folder.
 
     L = cross-entropy, smoothed + L_ms + 2 L_nuc, no erasing [code]. `images` of the target only
     pass through, without labels and gradient, so that the batch norms have seen them [code].
     """
     generator = common.seed_everything((9 * args.seed + n) % 2**32)
     device = common.pick_device(args.device)
-    log = common.Log(folder, device, args)
     labels = common.renumber(source.pids)
     y = torch.from_numpy(labels).to(device)
     model = common.Encoder(args.arch, args.weights, parts=0, pooling="avg").to(device)
     classifier = torch.nn.Linear(model.width, labels.max() + 1, bias=False).to(device)
     optimizer = torch.optim.Adam([*model.parameters(), *classifier.parameters()], args.lr,
                                  weight_decay=WEIGHT_DECAY)
+    kept = log.restore(len(labels), generator=generator, model=model, classifier=classifier,
+                       optimizer=optimizer)
     model.train()
-    for epoch in range(args.source_epochs):
+    for epoch in range(kept.get("epoch", 0), args.source_epochs):
         done, means = epoch / args.source_epochs, common.Means()
         optimizer.param_groups[0]["lr"] = (args.lr * min(1, 8 * done + 8 / args.source_epochs)
                                            * .1 ** ((done >= 1 / 2) + (done >= 7 / 8)))
@@ -222,17 +223,17 @@ def train_source(args, n, folder, source, source_images, images):
                 forward(model, common.augment(images[passing].to(device), generator, erase=0),
                         args.bn_splits)
             means.add(source=loss)
-        if epoch + 1 == args.source_epochs or (epoch + 1) % args.eval_every == 0:
-            losses = means.values()
-            common.save_checkpoint(os.path.join(folder, "last.pt"), model=model.state_dict(),
-                                   parts=0, pooling="avg", epoch=epoch + 1, **vars(args))
-            log.epoch(f"source {n}, {epoch + 1}", losses=losses, epoch=epoch + 1)
+        log.epoch(f"source {n}, {epoch + 1}", losses=means.values(epoch + 1), epoch=epoch + 1,
+                  keep=dict(generator=generator, model=model, classifier=classifier,
+                            optimizer=optimizer, labels=labels))
 
 
 def main(argv=None):
     args = get_args(argv)
     device = common.pick_device(args.device)
     log = common.Log(args.out, device, args)
+    if log.finished:
+        return log.finished["scores"]
 
     # ---- 0 data, source networks, slow copies
     train, query, gallery = common.load(args.data, args.root, args.batch_size)
@@ -243,42 +244,47 @@ def main(argv=None):
                for n in range(1, args.nets + 1)]
     free = [flag for flag in vars(args)
             if flag not in SOURCE_FLAGS or (flag == "seed" and args.sources)]
-    missing = [not common.finished(folder, args, args.source_epochs, free) for folder in folders]
-    if args.sources and all(missing):
+    if args.sources and not os.path.exists(os.path.join(folders[0], "last.pt")):
         raise common.Problem(f"no source network in {folders[0]} (name the folder of some; that of "
                              "a run OUT is OUT/source)")
-    if any(missing):
+    logs = [common.Log(folder, device, args, "source_epochs", free) for folder in folders]
+    if not all(log.finished for log in logs):
         source, _, _ = common.load(args.source, args.root, args.batch_size)
         if np.unique(source.pids, return_counts=True)[1].max() < 2:
             raise common.Problem(f"--source {args.source}: no person has two images (name a set "
                                  "with labels)")
         source_images = common.read_images(source, *args.size)
         for n in range(args.nets):
-            if missing[n]:
-                train_source(args, n + 1, folders[n], source, source_images, images)
+            if not logs[n].finished:
+                train_source(args, n + 1, logs[n], source, source_images, images)
     generator = common.seed_everything(args.seed)  # so trained and found sources give the same run
-    students = [common.load_encoder(os.path.join(folder, "last.pt"))[0].to(device)
-                for folder in folders]                                            # M_1..M_n
-    slow = [copy.deepcopy(net).requires_grad_(False) for net in students]         # E_1..E_n
+    students = torch.nn.ModuleList(common.load_encoder(os.path.join(folder, "last.pt"))[0]
+                                   for folder in folders).to(device)              # M_1..M_n
+    slow = copy.deepcopy(students).requires_grad_(False)                          # E_1..E_n
 
     def test():
         return common.evaluate(common.extract_features(slow[0], query_images),
                                common.extract_features(slow[0], gallery_images), query, gallery)
 
-    log.epoch("source only", scores=test())
+    kept = log.restore(len(images), generator=generator, students=students, slow=slow)
+    labels, radius = kept.get("labels"), kept.get("radius")
+    if not kept:
+        log.epoch("source only", scores=test())
 
-    for epoch in range(args.epochs):
+    for epoch in range(kept.get("epoch", 0), args.epochs):
         # ---- 1 features: the mean of the slow copies
         features = F.normalize(sum(common.extract_features(net, images) for net in slow))  # (N, D)
 
         # ---- 2 pseudo labels
         centred = common.centre_cameras(features, cams) if from_scratch else features  # N2
         if args.true_ids:
-            labels, eps = common.renumber(train.pids), 0                          # (N,)
+            labels, radius = common.renumber(train.pids), 0                       # (N,)
         else:
             distance = common.jaccard_distance(centred, args.k1)
-            eps = args.eps or (adaptive_eps(distance, args.rho) if epoch == 0 else eps)
-            labels = common.dbscan(distance, eps)
+            radius = args.eps or (adaptive_eps(distance, args.rho) if epoch == 0 else radius)
+            labels = common.dbscan(distance, radius,
+                                   at_least=args.batch_size // args.num_instances,
+                                   instead=labels if args.on_collapse == "skip" else None)
 
         # ---- 4 classifiers of every network and every copy
         rows = common.cluster_means(features, labels)                             # (C, D)
@@ -343,13 +349,12 @@ def main(argv=None):
                     follow([slow_classifiers[n]], [classifiers[n]], alpha)
 
         # ---- 6 report, evaluate, save
-        last = epoch + 1 == args.epochs
+        losses, last = means.values(epoch + 1), epoch + 1 == args.epochs
         scores = test() if last or (epoch + 1) % args.eval_every == 0 else {}
-        losses = means.values()
-        common.save_checkpoint(os.path.join(args.out, "last.pt"), model=slow[0].state_dict(),  # D3
-                               parts=0, pooling="avg", epoch=epoch + 1, scores=scores, **vars(args))
         log.epoch(f"epoch {epoch + 1}/{args.epochs}", common.label_quality(labels, train.pids),
-                  losses, scores, epoch=epoch + 1, eps=eps)
+                  losses, scores, epoch=epoch + 1, eps=radius, keep=dict(
+                      generator=generator, model=slow[0], students=students, slow=slow,  # D3
+                      labels=labels, radius=radius))
     return scores
 
 

@@ -1,5 +1,6 @@
 """Every shared step against a slow, obvious second version, or a value worked out by hand."""
 
+import argparse
 import json
 import math
 
@@ -441,22 +442,22 @@ def test_pick_device():
 
 
 def test_log(tmp_path, capsys):
-    import argparse
-    log = common.Log(str(tmp_path / "run"), "cpu", argparse.Namespace(seed=3))
+    args = argparse.Namespace(seed=3, epochs=2, resume=False)
+    log = common.Log(str(tmp_path / "run"), "cpu", args)
     log.epoch("epoch 1/2", dict(clusters=7, outliers=3, ARI=.5, NMI=.6, purity=.7), dict(base=1.25),
               dict(mAP=.5, rank1=.75, rank5=1., rank10=1., queries=4), epoch=1)
     first, second = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
-    assert first["args"] == {"seed": 3} and {"torch", "commit", "device", "python"} <= first.keys()
+    assert first["args"] == vars(args) and {"torch", "commit", "device", "python"} <= first.keys()
     assert second["epoch"] == 1 and second["mAP"] == .5 and second["base"] == 1.25
     line = capsys.readouterr().out
     assert "7 clusters" in line and "mAP  50.0" in line and "R1  75.0" in line
-    common.Log(str(tmp_path / "run"), "cpu", argparse.Namespace())  # nothing saved yet: free
+    common.Log(str(tmp_path / "run"), "cpu", args)                 # no epoch saved yet: free
     (tmp_path / "run" / "last.pt").touch()
-    with pytest.raises(common.Problem, match="--out"):
-        common.Log(str(tmp_path / "run"), "cpu", argparse.Namespace())
+    with pytest.raises(common.Problem, match="last.pt is no checkpoint"):
+        common.Log(str(tmp_path / "run"), "cpu", args)
     assert len(open(tmp_path / "run" / "log.jsonl").readlines()) == 2  # nothing was lost
     with pytest.raises(common.Problem, match="cannot be written"):
-        common.Log("/dev/null/run", "cpu", argparse.Namespace())
+        common.Log("/dev/null/run", "cpu", args)
 
 
 def test_checkpoints(tmp_path):

@@ -220,7 +220,8 @@ def test_a_finished_stage_with_other_flags_is_refused(both, tiny, capsys):
     out, _ = both
     before = (out / "last.pt").read_bytes(), (out / "teacher" / "last.pt").read_bytes()
     for more, says in ((["--eps", ".5"], "--eps 0.55, now 0.5"), (["--mu", "3"], "--mu 1, now 3"),
-                       (["--epochs", "4"], "--epochs 2, now 4")):
+                       (["--epochs", "4"], "stopped after epoch 2 of 4"),
+                       (["--epochs", "1"], "--epochs 2, now 1")):
         with pytest.raises(SystemExit) as stop:
             common.run(lambda: mskd.main(short(tiny, out, *more)))
         assert stop.value.code == 2 and says in capsys.readouterr().err

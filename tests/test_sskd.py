@@ -139,7 +139,7 @@ def test_slow_copies_follow_exactly():
 
 # -------------------------------------------------------------------------------------- both stages
 
-def test_end_to_end_and_a_second_run_is_refused(finished, tiny, other):
+def test_end_to_end_and_a_second_run_has_nothing_to_do(finished, tiny, other):
     out, done = finished
     assert done.returncode == 0, done.stderr
     assert [line["title"] for line in losses(out)] == ["source only", "epoch 1/2", "epoch 2/2"]
@@ -150,7 +150,7 @@ def test_end_to_end_and_a_second_run_is_refused(finished, tiny, other):
     assert not torch.equal(a, b)                                   # networks of different seeds
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     again = program("sskd.py", *pair(other, tiny, out))
-    assert again.returncode == 2 and "holds a run already" in again.stderr
+    assert again.returncode == 0 and "nothing to do" in again.stdout
     assert files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     scores = json.loads(program("eval.py", out, "--json").stdout)
     assert scores["mAP"] == losses(out)[-1]["mAP"]
@@ -303,7 +303,8 @@ def test_source_training_lets_the_target_pass_and_learns_the_source(tiny, other,
                               "--lr", "1e-3"))
     source, target = (common.load(str(name))[0] for name in (other, tiny))
     images = [common.read_images(split, 64, 32) for split in (source, target)]
-    sskd.train_source(args, 2, str(tmp_path / "2"), source, *images)
+    log = common.Log(str(tmp_path / "2"), "cpu", args, "source_epochs")
+    sskd.train_source(args, 2, log, source, *images)
     assert learns == [True, False] * 16
     np.testing.assert_allclose(rates, [5e-4] + [1e-3] * 7 + [1e-4] * 6 + [1e-5] * 2)
     assert losses(tmp_path / "2")[-1]["source"] < math.log(9) + 2
@@ -328,20 +329,20 @@ def test_pairs_that_are_refused(finished, tiny, other, tmp_path, capsys):
     refuse("--lr", "1e9", says=["training diverged"])
     refuse("--sources", sources, "--arch", "resnet18", says=["--arch small, now resnet18"])
     refuse("--sources", sources, "--source", "toy-source", says=["--source", "now toy-source"])
-    refuse("--sources", sources, "--source-epochs", "3", says=["--source-epochs 2, now 3"])
+    refuse("--sources", sources, "--source-epochs", "1", says=["--source-epochs 2, now 1"])
     single = draw(tmp_path / "single", train=12, test=2, cameras=2, shots=2)
     for path in (single / "bounding_box_train").iterdir():
         if "c1s1_000000" not in path.name:
             os.remove(path)
     refuse("--source", single, says=["single", "no person has two images"])
-    refuse(out=finished[0], says=["holds a run already"])
+    refuse("--nets", "2", out=finished[0], says=["--nets 3, now 2"])
     (tmp_path / "half" / "1").mkdir(parents=True)
     whole = (sources / "1" / "last.pt").read_bytes()
     (tmp_path / "half" / "1" / "last.pt").write_bytes(whole[:4000])
     refuse("--sources", tmp_path / "half", says=[os.path.join("half", "1"), "last.pt"])
     state = common.load_checkpoint(str(sources / "1" / "last.pt"))
     common.save_checkpoint(str(tmp_path / "half" / "1" / "last.pt"), **{**state, "epoch": 1})
-    refuse("--sources", tmp_path / "half", says=["stopped after epoch 1 of 2", "that file alone"])
+    refuse("--sources", tmp_path / "half", says=["stopped after epoch 1 of 2", "--resume"])
     shutil.copytree(sources, tmp_path / "out" / "source", dirs_exist_ok=True)
     refuse("--seed", "1", says=["--seed 0, now 1"])                # the run's own are of its seed
 
