@@ -24,7 +24,7 @@ ACCV 2022, the usual base, and the choices N1-N6)
        transferred to cross-camera [paper]
     5f L = L_base + L_intra + a L_cross + b L_kd, optimiser step
     5g memories follow the batch                         common.update_memory
-  6 report, evaluate, save                               common.label_quality, common.evaluate
+  6 report, evaluate, save                       common.label_quality, evaluate, Log.epoch
 Symbols: f_i unit feature, v = c(i) its camera, k = y(i) its cluster; group (k, v): the images of
   cluster k in camera v, the paper's refined cluster; m_k, m_(k,v) their unit memories; tau --temp
   in L_base, GROUP_TEMP in the others; a --cross, b --kd; mu --momentum; K --num-instances

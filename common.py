@@ -1164,10 +1164,6 @@ class Log:
         self.folder, self.args, self.epochs, self.free = folder, args, epochs, free
         self.path, self.start = os.path.join(folder, "log.jsonl"), time.time()
         total, state = vars(args)[epochs], self._read_state()
-        if state and state["epoch"] < total and not args.resume:
-            raise Problem(f"{folder} holds a run that stopped after epoch {state['epoch']} of "
-                          f"{total} (go on with --resume, choose another --out, or delete its "
-                          "last.pt)")
         here = os.path.dirname(os.path.abspath(__file__))
         try:
             commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, text=True,
@@ -1181,6 +1177,10 @@ class Log:
         if not (state and state["epoch"] == total and self._text().endswith(state["line"] + "\n")):
             self._take()
             state = self._read_state()  # as it is now that nobody else writes
+            if state and state["epoch"] < total and not args.resume:
+                raise Problem(f"{folder} holds a run that stopped after epoch {state['epoch']} of "
+                              f"{total} (go on with --resume, choose another --out, or delete its "
+                              "last.pt)")
             if state:
                 self._mend(state)
         self.state, self.finished = state, None

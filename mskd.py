@@ -22,7 +22,7 @@ authors' released code; the rest is ClusterContrast by Dai et al., ACCV 2022, th
                                                          distillation_losses
     5f L = (1 - l2) (L_g + mu D_g) + l2 (L_u + mu D_u) + l2 (L_d + mu D_d) [code], optimiser step
     5g memories follow the batch                         common.update_memory
-  6 report, evaluate with the global feature [code], save    common.label_quality, common.evaluate
+  6 report, evaluate with the global feature [code], save    common.label_quality, evaluate, Log
 Before its epochs the student trains for a round, "epoch 0", on labels and memories that come from
   the teacher's features, with frozen memories and twice the iterations [code].
 Symbols: g, u, d the views: global, upper, lower half; f_v unit feature, t_v the teacher's; J_v

@@ -24,7 +24,7 @@ authors' released code)
     5f L = id L_id + soft L_soft + ms L_ms + nuc L_nuc [code], optimiser step
     5g slow copies follow: E <- alpha_t E + (1 - alpha_t) M, alpha_t = min(1 - 1/(t+1), alpha)
        [code]                                            follow
-  6 report, evaluate, save                               common.label_quality, common.evaluate
+  6 report, evaluate, save                       common.label_quality, evaluate, Log.epoch
 Symbols: z = <unit feature, row of the classifier> / tau, tau --temp; k = y(i) cluster; n --nets;
   alpha --alpha; rho --rho; t steps since the start, from 0; id, soft, ms, nuc: their flags
 Differences from the code
