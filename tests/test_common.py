@@ -280,6 +280,36 @@ def test_jaccard_distance_does_not_depend_on_blocks_and_can_be_cut():
     np.testing.assert_allclose(np.concatenate(blocks), brute, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1, 30.])
+def test_nearest_from_rounded_features_is_exact(scale, monkeypatch):
+    """bfloat16 chooses candidates; what it could have missed is searched again. Against float64."""
+    exact, again = common._nearest_exact, []
+    monkeypatch.setattr(common, "_nearest_exact", lambda features, rows, k: (
+        again.extend(rows.tolist()), exact(features, rows, k))[1])
+    monkeypatch.setattr(common, "_bf16_pays", lambda features: True)
+    g = torch.Generator().manual_seed(0)
+    centres = torch.randn(12, 64, generator=g)
+    spread = torch.linspace(.02, 1, 300)[:, None] * torch.randn(300, 64, generator=g)
+    features = scale * torch.nn.functional.normalize(centres[torch.arange(300) % 12] + spread)
+    features[100:120] = features[7]                                # duplicates
+    for k in (5, 30, 149):
+        again.clear()
+        found = common.nearest(features, k, block=64)
+        similar = (features.double() @ features.double().T).numpy()
+        np.fill_diagonal(similar, np.inf)
+        wanted = -np.sort(-similar, 1)[:, :k]
+        np.testing.assert_allclose(np.take_along_axis(similar, found, 1), wanted,
+                                   atol=1e-5 * scale ** 2)
+        assert (found[:, 0] == np.arange(300)).all()
+        assert all(len(set(row)) == k for row in found.tolist())
+        assert len(set(again)) < 300
+        if k == 5:                                                 # duplicates: too close to call
+            assert set(again) >= {7, *range(100, 120)}
+            assert (found[110] == [110, 7, 100, 101, 102]).all()
+    common.nearest(features, 150)                                  # no candidates left to choose
+    assert sorted(again[-300:]) == list(range(300))
+
+
 def test_nearest_breaks_ties_by_index_and_puts_the_image_first():
     features = quantised(60, seed=1)[torch.arange(120) % 60]       # each image twice
     similar = (features.double() @ features.double().T).numpy()
