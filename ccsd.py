@@ -227,10 +227,12 @@ def main(argv=None):
     if args.refine != "none" and cams.max() == cams.min():
         raise common.Problem(f"{args.data}: all training images are of one camera, and CCSD "
                              "compares cameras (--refine none trains plain ClusterContrast)")
-    model = common.Encoder(args.arch, args.weights, parts=0, pooling="gem").to(device)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY)
+    model = common.Encoder(args.arch, args.weights, parts=0, pooling="gem").on(device, args)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
+                                 fused=device.type == "cuda")
     images, query_images, gallery_images = (
         common.read_images(split, *args.size) for split in (train, query, gallery))
+    images = common.place(images, device)
 
     def test():
         return common.evaluate(common.extract_features(model, query_images),
@@ -310,8 +312,10 @@ def main(argv=None):
             optimizer.step()
 
             # 5g memories follow the batch
-            common.update_memory(cluster_memory, f.detach(), k, args.momentum)
-            common.update_memory(group_memory, f.detach(), kv, GROUP_MOMENTUM)
+            common.update_memory(cluster_memory, f.detach(), k, args.momentum,
+                                 args.num_instances)
+            common.update_memory(group_memory, f.detach(), kv, GROUP_MOMENTUM,
+                                 args.num_instances)
             means.add(base=L_base, intra=L_intra, cross=L_cross, kd=L_kd)
 
         # ---- 6 report, evaluate, save

@@ -12,6 +12,7 @@ Said once, meant everywhere:
 
 import argparse
 import colorsys
+import contextlib
 import json
 import math
 import os
@@ -45,6 +46,7 @@ from sklearn import metrics
 from sklearn.cluster import DBSCAN
 from sklearn.neighbors import sort_graph_by_row_values
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
@@ -95,6 +97,10 @@ def add_run_flags(parser):
     add("--arch", choices=ARCHS, help="network (%(default)s)")
     add("--weights", help="imagenet, a torchvision FILE, or none: from random weights, with "
         "jitter, centring per camera and, where there is no source, a warm-up (%(default)s)")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of the network's "
+        "arithmetic; auto: bf16 on CUDA, fp32 elsewhere (%(default)s)")
+    add("--recompute", action="store_true", help="for a small GPU: keep no activations, compute "
+        "those of a chunk of --bn-splits again for its gradient; the same numbers, a third slower")
     add("--size", type=number(int, 32, 2048), nargs=2, metavar=("H", "W"),
         help="height and width of an image (%(default)s / 256 128)")
     add("--true-ids", action="store_true", help="no clustering, the true ids: the upper bound")
@@ -587,6 +593,12 @@ def read_images(split, height, width):
     return images
 
 
+def place(images, device):
+    """-> the images on a GPU that has room for four times as many, else where they are."""
+    fits = device.type == "cuda" and 4 * images.nbytes < torch.cuda.mem_get_info(device)[0]
+    return images.to(device) if fits else images
+
+
 def normalise(images):
     """(B, 3, H, W) uint8 -> float32, ImageNet mean and deviation."""
     mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
@@ -708,6 +720,21 @@ class SmallBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(y)) + self.skip(x))
 
 
+@contextlib.contextmanager
+def statistics_once(model):
+    """Inside, batch norms use the batch's statistics and do not move their own a second time."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
 class Encoder(nn.Module):
     """Images (B, 3, H, W) float32 -> unit features (B, D); with parts > 0 (1 + parts, B, D).
 
@@ -718,10 +745,13 @@ class Encoder(nn.Module):
     pooling and neck. pooled=True: a pair, the features and what the pooling gives, before the neck.
     weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a file in
     torchvision's format. Raises Problem for weights that cannot be had or do not fit.
+    Set bf16 = True for a backbone in bfloat16 (autocast), recompute = True for activations that are
+    not kept but computed again when the gradient needs them (Chen et al., arXiv 1604.06174).
     """
 
     def __init__(self, arch="resnet50", weights="imagenet", parts=0, pooling="gem"):
         super().__init__()
+        self.bf16 = self.recompute = False
         if arch == "small":
             stages = [nn.Conv2d(3, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU()]
             for width_in, width, stride in ((24, 32, 2), (32, 64, 2), (64, 128, 2), (128, 256, 1)):
@@ -751,6 +781,8 @@ class Encoder(nn.Module):
             neck.bias.requires_grad_(False)
         if weights != "none":
             self._load_weights(arch, weights)
+        if arch != "small":  # the layout that is faster in half precision and on a CPU
+            self.to(memory_format=torch.channels_last)
 
     def _load_weights(self, arch, weights):
         if weights == "imagenet":
@@ -782,8 +814,20 @@ class Encoder(nn.Module):
             line = str(error).splitlines()[-1].strip()
             raise Problem(f"--weights {weights} does not fit --arch {arch}: {line}") from error
 
+    def on(self, device, args):
+        """-> self on the device, with what --precision and --recompute say."""
+        self.recompute = args.recompute
+        self.bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+        return self.to(device)
+
     def forward(self, images, pooled=False):
-        last = self.backbone(images)                                              # (B, D, h, w)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            if self.recompute and self.training and torch.is_grad_enabled():
+                last = checkpoint(self.backbone, images, use_reentrant=False, context_fn=lambda: (
+                    contextlib.nullcontext(), statistics_once(self.backbone)))
+            else:
+                last = self.backbone(images)
+        last = last.float()                                                       # (B, D, h, w)
         if self.parts and last.shape[2] % self.parts:
             raise Problem(f"a map of {last.shape[2]} rows cannot be cut into {self.parts} equal "
                           f"stripes (make the height a multiple of {16 * self.parts})")
@@ -1048,19 +1092,20 @@ def cluster_means(features, labels):
 
 
 @torch.no_grad()
-def update_memory(memory, features, labels, momentum):
+def update_memory(memory, features, labels, momentum, most=None):
     """In place, image by image in batch order: m_y <- unit(momentum m_y + (1 - momentum) f).
 
     memory (C, D), features (B, D), labels (B,) int64. The r-th image of every label is done in one
-    step, since different labels never meet.
+    step, since different labels never meet. `most`: images of a label at most; a GPU need not be
+    asked for it then.
     """
-    labels = labels.to(memory.device)
+    labels, features = labels.to(memory.device), features.to(memory.dtype)
     nth = (labels[:, None] == labels).tril(-1).sum(1)         # how many of its label came before it
-    for r in range(int(nth.max()) + 1):
-        now = nth == r
-        y = labels[now]
-        f = features[now].to(memory.dtype)
-        memory[y] = F.normalize(momentum * memory[y] + (1 - momentum) * f)
+    rows = torch.cat([memory, memory[:1]])                    # the last is for whose turn it is not
+    for r in range(int(nth.max()) + 1 if most is None else most):
+        moved = F.normalize(momentum * rows[labels] + (1 - momentum) * features)
+        rows[torch.where(nth == r, labels, len(memory))] = moved
+    memory.copy_(rows[:-1])
 
 
 def label_quality(labels, pids):
@@ -1236,7 +1281,8 @@ class Log:
         if not os.path.lexists(path):
             return None
         flags = [flag for flag in vars(self.args) if flag not in
-                 {*self.free, "out", "root", "device", "eval_every", "resume", "on_collapse"}]
+                 {*self.free, "out", "root", "device", "eval_every", "resume", "on_collapse",
+                  "recompute"}]
         state = load_checkpoint(path, ("epoch", "scores", "line", "seconds", "images", *flags))
         now, kinds = vars(self.args), dict(epoch=int, scores=dict, line=str, seconds=float)
         if not (all(type(state[key]) is kind for key, kind in kinds.items())

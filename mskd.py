@@ -188,10 +188,12 @@ def train_stage(args, out, folder=None):
     # ---- 0 data, network, optimiser
     train, query, gallery = common.load(args.data, args.root, args.batch_size)
     cams, from_scratch = train.cams, args.weights == "none"
-    model = common.Encoder(args.arch, args.weights, parts=2, pooling="gem").to(device)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY)
+    model = common.Encoder(args.arch, args.weights, parts=2, pooling="gem").on(device, args)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
+                                 fused=device.type == "cuda")
     images, query_images, gallery_images = (
         common.read_images(split, *args.size) for split in (train, query, gallery))
+    images = common.place(images, device)
 
     def test():
         return common.evaluate(common.extract_features(model, query_images)[0],
@@ -205,7 +207,7 @@ def train_stage(args, out, folder=None):
         common.warm_up(model, images, cams, generator)
         log.epoch("warmed up", scores=test())
     if teacher:
-        teacher.to(device)
+        teacher.on(device, args)
 
     first = -1 if teacher else 0  # -1: the student's round on the teacher's labels, "epoch 0"
     for epoch in range(kept.get("epoch", first), args.epochs):
@@ -263,7 +265,8 @@ def train_stage(args, out, folder=None):
             # 5g memories follow the batch
             if epoch >= 0:
                 for view in range(3):
-                    common.update_memory(memory[view], f[view].detach(), k, args.momentum)
+                    common.update_memory(memory[view], f[view].detach(), k, args.momentum,
+                                         args.num_instances)
             means.add(L_g=L_g, L_u=L_u, L_d=L_d, D_g=D_g, D_u=D_u, D_d=D_d)
 
         # ---- 6 report, evaluate, save

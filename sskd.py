@@ -68,7 +68,7 @@ SETTINGS["msmt17"] = dict(SETTINGS["market1501"], source="market1501")
 WEIGHT_DECAY = 5e-4
 SMOOTHING = .1  # of L_id: this share of a hard label is spread over all classes
 SOURCE_FLAGS = ("source", "data", "arch", "weights", "size", "source_epochs", "source_iters",
-                "batch_size", "num_instances", "lr", "bn_splits", "temp", "seed")
+                "batch_size", "num_instances", "lr", "bn_splits", "temp", "seed", "precision")
 
 
 def get_args(argv=None):
@@ -195,10 +195,10 @@ def train_source(args, n, log, source, source_images, images):
     device = common.pick_device(args.device)
     labels = common.renumber(source.pids)
     y = torch.from_numpy(labels).to(device)
-    model = common.Encoder(args.arch, args.weights, parts=0, pooling="avg").to(device)
+    model = common.Encoder(args.arch, args.weights, parts=0, pooling="avg").on(device, args)
     classifier = torch.nn.Linear(model.width, labels.max() + 1, bias=False).to(device)
     optimizer = torch.optim.Adam([*model.parameters(), *classifier.parameters()], args.lr,
-                                 weight_decay=WEIGHT_DECAY)
+                                 weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
     kept = log.restore(len(labels), generator=generator, model=model, classifier=classifier,
                        optimizer=optimizer)
     model.train()
@@ -240,6 +240,7 @@ def main(argv=None):
     cams, from_scratch = train.cams, args.weights == "none"
     images, query_images, gallery_images = (
         common.read_images(split, *args.size) for split in (train, query, gallery))
+    images = common.place(images, device)
     folders = [os.path.join(args.sources or os.path.join(args.out, "source"), str(n))
                for n in range(1, args.nets + 1)]
     free = [flag for flag in vars(args)
@@ -253,13 +254,14 @@ def main(argv=None):
         if np.unique(source.pids, return_counts=True)[1].max() < 2:
             raise common.Problem(f"--source {args.source}: no person has two images (name a set "
                                  "with labels)")
-        source_images = common.read_images(source, *args.size)
+        source_images = common.place(common.read_images(source, *args.size), device)
         for n in range(args.nets):
             if not logs[n].finished:
                 train_source(args, n + 1, logs[n], source, source_images, images)
     generator = common.seed_everything(args.seed)  # so trained and found sources give the same run
-    students = torch.nn.ModuleList(common.load_encoder(os.path.join(folder, "last.pt"))[0]
-                                   for folder in folders).to(device)              # M_1..M_n
+    students = torch.nn.ModuleList(
+        common.load_encoder(os.path.join(folder, "last.pt"))[0].on(device, args)
+        for folder in folders)                                                    # M_1..M_n
     slow = copy.deepcopy(students).requires_grad_(False)                          # E_1..E_n
 
     def test():
@@ -292,7 +294,8 @@ def main(argv=None):
         slow_classifiers = [common.cluster_means(centred, labels) for _ in slow]
         camera_mean = common.camera_means(features, cams)                         # (N, D)
         optimizer = torch.optim.Adam([*classifiers, *(p for net in students for p in
-                                                      net.parameters())], weight_decay=WEIGHT_DECAY)
+                                                      net.parameters())],
+                                     weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
         y = torch.from_numpy(labels).to(device)
 
         # ---- 5 batches of P clusters x K images

@@ -35,6 +35,50 @@ def quantised(n, seed=0):
 
 # ------------------------------------------------------------------------------------------ network
 
+def kept_bytes(forward):
+    """-> bytes of the tensors that autograd keeps for the backward pass of forward()."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("arch", ["small", "resnet18-layer3"])
+def test_recompute_is_the_same_to_the_bit_in_less_memory(arch):
+    models, images = [], torch.randn(4, 3, 64, 32)
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = common.Encoder(arch, "none")
+        model.recompute = recompute
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        for _ in range(2):
+            chunks = [model(chunk) for chunk in images.chunk(2)]
+            torch.cat(chunks).square()[:, 0].sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(model)
+    a, b = (model.state_dict() for model in models)
+    assert all(torch.equal(a[key], b[key]) for key in a)           # running statistics, too
+    plain, less = (kept_bytes(lambda: model(images)) for model in models)
+    assert less < plain / 5
+
+
+def test_bf16_is_close_and_gives_float32():
+    torch.manual_seed(0)
+    model, images = common.Encoder("resnet18-layer3", "none").eval(), torch.randn(4, 3, 64, 32)
+    exact = model(images)
+    model.on(torch.device("cpu"), argparse.Namespace(precision="bf16", recompute=False))
+    rough = model(images)
+    assert rough.dtype == torch.float32 and model.backbone[0].weight.dtype == torch.float32
+    assert not torch.equal(rough, exact) and (rough * exact).sum(1).min() > .99
+    model.on(torch.device("cpu"), argparse.Namespace(precision="auto", recompute=True))
+    assert torch.equal(model(images), exact) and model.recompute
+
+
 def test_gem_is_the_generalised_mean():
     x = torch.rand(2, 3, 4, 5)
     pool = common.GeM()
@@ -370,9 +414,14 @@ def test_update_memory_is_image_by_image(momentum):
     for f, y in zip(features, labels):
         slow[y] = momentum * slow[y] + (1 - momentum) * f
         slow[y] /= slow[y].norm()
+    counted = memory.clone()
     common.update_memory(memory, features, labels, momentum)
     torch.testing.assert_close(memory, slow)
     assert torch.equal(memory[5], unit(6)[5])
+    for most in (int(torch.bincount(labels).max()), 40):           # said, and more than said
+        again = counted.clone()
+        common.update_memory(again, features, labels, momentum, most)
+        assert torch.equal(again, memory)
 
 
 def test_label_quality():

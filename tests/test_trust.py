@@ -105,6 +105,17 @@ def test_resume_is_bit_identical(name, tiny, other, tmp_path, monkeypatch):
     same_run(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_recompute_changes_no_number_and_bf16_trains(name, tiny, other, tmp_path):
+    splits = ["--bn-splits", "2"]
+    a, b, c = (PAGES[name].main(words(name, tiny, other, tmp_path / out, *splits, *more)) for
+               out, more in (("a", []), ("b", ["--recompute"]), ("c", ["--precision", "bf16"])))
+    assert a == b and 0 < c["mAP"] <= 1
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+    mine, its = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(mine[key], its[key]) for key in mine)
+
+
 def test_resume_refuses_other_flags_and_grows(tiny, tmp_path, capsys):
     ccsd.main(short(tiny, tmp_path / "a", "--epochs", "1"))
     before = (tmp_path / "a" / "last.pt").read_bytes()
