@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -27,6 +28,16 @@ def program(script, *words, cwd=None):
     """Run a page as a person does."""
     return subprocess.run([sys.executable, os.path.join(HERE, script), *map(str, words)], cwd=cwd,
                           capture_output=True, text=True)
+
+
+def refusal(main, capsys):
+    """-> the one line of a refused call, without its "error: "."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        common.run(main)
+    lines = [x for x in re.split(r"[\r\n]+", capsys.readouterr().err) if x.startswith("error: ")]
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0].removeprefix("error: ")
 
 
 def weights(out):

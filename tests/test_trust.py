@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, draw, losses, program, short, weights
+from conftest import HERE, draw, losses, program, refusal, short, weights
 
 import ccsd
 import common
@@ -73,16 +73,6 @@ def stop_after(monkeypatch, calls):
             raise KeyboardInterrupt
         return augment(*args, **more)
     monkeypatch.setattr(common, "augment", stopping)
-
-
-def refusal(main, capsys):
-    """-> the one line of a refused call, without its "error: "."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        common.run(main)
-    lines = [x for x in re.split(r"[\r\n]+", capsys.readouterr().err) if x.startswith("error: ")]
-    assert stop.value.code == 2 and len(lines) == 1, lines
-    return lines[0].removeprefix("error: ")
 
 
 # ------------------------------------------------------------------------------------ stop, resume
