@@ -97,8 +97,8 @@ def add_run_flags(parser):
     add("--arch", choices=ARCHS, help="network (%(default)s)")
     add("--weights", help="imagenet, a torchvision FILE, or none: from random weights, with "
         "jitter, centring per camera and, where there is no source, a warm-up (%(default)s)")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of the network's "
-        "arithmetic; auto: bf16 on CUDA, fp32 elsewhere (%(default)s)")
+    add("--fp32", action="store_true", help="no bfloat16 on CUDA, where it is the default")
+    add("--bf16", action="store_true", help="bfloat16 elsewhere too; pays where the CPU has it")
     add("--recompute", action="store_true", help="for a small GPU: keep no activations, compute "
         "those of a chunk of --bn-splits again for its gradient; the same numbers, a third slower")
     add("--size", type=number(int, 32, 2048), nargs=2, metavar=("H", "W"),
@@ -117,6 +117,8 @@ def parse(parser, argv, method, settings):
     if args.batch_size % args.num_instances or args.batch_size % args.bn_splits:
         raise Problem(f"--batch-size {args.batch_size} is no multiple of --num-instances "
                       f"{args.num_instances} and --bn-splits {args.bn_splits} (change one of them)")
+    if args.fp32 and args.bf16:
+        raise Problem("--fp32 and --bf16 exclude each other (leave one out)")
     if args.batch_size // args.bn_splits < 2:
         raise Problem(f"--bn-splits {args.bn_splits} leaves batch norm one image (lower it)")
     folder = os.path.basename(os.path.normpath(args.data)).replace(":", "-")
@@ -815,9 +817,9 @@ class Encoder(nn.Module):
             raise Problem(f"--weights {weights} does not fit --arch {arch}: {line}") from error
 
     def on(self, device, args):
-        """-> self on the device, with what --precision and --recompute say."""
+        """-> self on the device, with what --bf16, --fp32 and --recompute say."""
         self.recompute = args.recompute
-        self.bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+        self.bf16 = args.bf16 or (device.type == "cuda" and not args.fp32)
         return self.to(device)
 
     def forward(self, images, pooled=False):

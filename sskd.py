@@ -68,7 +68,8 @@ SETTINGS["msmt17"] = dict(SETTINGS["market1501"], source="market1501")
 WEIGHT_DECAY = 5e-4
 SMOOTHING = .1  # of L_id: this share of a hard label is spread over all classes
 SOURCE_FLAGS = ("source", "data", "arch", "weights", "size", "source_epochs", "source_iters",
-                "batch_size", "num_instances", "lr", "bn_splits", "temp", "seed", "precision")
+                "batch_size", "num_instances", "lr", "bn_splits", "temp", "seed", "fp32",
+                "bf16")
 
 
 def get_args(argv=None):

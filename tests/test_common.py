@@ -71,11 +71,11 @@ def test_bf16_is_close_and_gives_float32():
     torch.manual_seed(0)
     model, images = common.Encoder("resnet18-layer3", "none").eval(), torch.randn(4, 3, 64, 32)
     exact = model(images)
-    model.on(torch.device("cpu"), argparse.Namespace(precision="bf16", recompute=False))
+    model.on(torch.device("cpu"), argparse.Namespace(bf16=True, fp32=False, recompute=False))
     rough = model(images)
     assert rough.dtype == torch.float32 and model.backbone[0].weight.dtype == torch.float32
     assert not torch.equal(rough, exact) and (rough * exact).sum(1).min() > .99
-    model.on(torch.device("cpu"), argparse.Namespace(precision="auto", recompute=True))
+    model.on(torch.device("cpu"), argparse.Namespace(bf16=False, fp32=False, recompute=True))
     assert torch.equal(model(images), exact) and model.recompute
 
 

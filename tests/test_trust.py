@@ -99,7 +99,7 @@ def test_resume_is_bit_identical(name, tiny, other, tmp_path, monkeypatch):
 def test_recompute_changes_no_number_and_bf16_trains(name, tiny, other, tmp_path):
     splits = ["--bn-splits", "2"]
     a, b, c = (PAGES[name].main(words(name, tiny, other, tmp_path / out, *splits, *more)) for
-               out, more in (("a", []), ("b", ["--recompute"]), ("c", ["--precision", "bf16"])))
+               out, more in (("a", []), ("b", ["--recompute"]), ("c", ["--bf16"])))
     assert a == b and 0 < c["mAP"] <= 1
     assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
     mine, its = weights(tmp_path / "a"), weights(tmp_path / "b")
@@ -506,7 +506,7 @@ FLAGS = {
         "--data nowhere": "nowhere", "--data D/query": "query", "--nonsense": "--nonsense",
         "--epoch 3": "--epoch", "--out /proc/nowhere": "/proc/nowhere.* cannot be written",
         "--on-collapse ask": "--on-collapse", "--resume 3": "unrecognized arguments: 3",
-        "--size 32 4096": "--size", "--iters 99999999999": "--iters",
+        "--fp32 --bf16": "--fp32", "--size 32 4096": "--size", "--iters 99999999999": "--iters",
         "--eps .001": "raise --eps", "--out R/last.pt": "R/last.pt", "--eps 2": "--eps",
     }.items()},
     "ccsd --refine best": "--refine", "ccsd --kd -1": "--kd", "ccsd --kd": "--kd",
