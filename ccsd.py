@@ -240,11 +240,11 @@ def main(argv=None):
 
     kept = log.restore(len(images), generator=generator, model=model, optimizer=optimizer)
     labels = kept.get("labels")
-    if not kept:
+    if not kept:  # a new run, not one that --resume goes on with
         log.epoch("start", scores=test())
-    if not kept and from_scratch:  # N6
-        common.warm_up(model, images, cams, generator)
-        log.epoch("warmed up", scores=test())
+        if from_scratch:  # N6
+            common.warm_up(model, images, cams, generator)
+            log.epoch("warmed up", scores=test())
 
     for epoch in range(kept.get("epoch", 0), args.epochs):
         # ---- 1 features

@@ -911,8 +911,8 @@ def nearest(features, k, block=512):
 
     Exact, and equal similarities are ranked by index. Where a CPU has instructions for bfloat16,
     several times faster, products of rounded features only choose 2 k candidates of an image, which
-    are then compared in float32. Rounding errors have a bound: a row where an image that was left out
-    could be among the k best is searched again, all in float32.
+    are then compared in float32. Rounding errors have a bound: a row where an image that was left
+    out could be among the k best is searched again, all in float32.
     """
     n, k, ranks = len(features), min(k, len(features)), []
     rough = features.bfloat16() if 2 * k < n and _bf16_pays(features) else None

@@ -201,11 +201,11 @@ def train_stage(args, out, folder=None):
 
     kept = log.restore(len(images), generator=generator, model=model, optimizer=optimizer)
     labels = kept.get("labels")
-    if not kept:
+    if not kept:  # a new run, not one that --resume goes on with
         log.epoch("start", scores=test())
-    if not kept and from_scratch:  # N2
-        common.warm_up(model, images, cams, generator)
-        log.epoch("warmed up", scores=test())
+        if from_scratch:  # N2
+            common.warm_up(model, images, cams, generator)
+            log.epoch("warmed up", scores=test())
     if teacher:
         teacher.on(device, args)
 

@@ -271,7 +271,7 @@ def main(argv=None):
 
     kept = log.restore(len(images), generator=generator, students=students, slow=slow)
     labels, radius = kept.get("labels"), kept.get("radius")
-    if not kept:
+    if not kept:  # a new run, not one that --resume goes on with
         log.epoch("source only", scores=test())
 
     for epoch in range(kept.get("epoch", 0), args.epochs):

@@ -335,7 +335,7 @@ def test_nearest_from_rounded_features_is_exact(scale, monkeypatch):
     centres = torch.randn(12, 64, generator=g)
     spread = torch.linspace(.02, 1, 300)[:, None] * torch.randn(300, 64, generator=g)
     spread[150:250] = .05 * torch.randn(100, 64, generator=g) + centres[0] - centres[
-        torch.arange(150, 250) % 12]                               # alike to less than bf16 can tell
+        torch.arange(150, 250) % 12]                               # closer than bf16 can tell
     features = scale * torch.nn.functional.normalize(centres[torch.arange(300) % 12] + spread)
     features[100:120] = features[7]                                # duplicates
     for k in (5, 30, 149):
