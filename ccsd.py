@@ -224,6 +224,7 @@ def main(argv=None):
     # ---- 0 data, network, optimiser
     train, query, gallery = common.load(args.data, args.root, args.batch_size)
     cams, from_scratch = train.cams, args.weights == "none"
+    P = args.batch_size // args.num_instances  # clusters of a batch
     if args.refine != "none" and cams.max() == cams.min():
         raise common.Problem(f"{args.data}: all training images are of one camera, and CCSD "
                              "compares cameras (--refine none trains plain ClusterContrast)")
@@ -256,8 +257,7 @@ def main(argv=None):
             labels = common.renumber(train.pids)                                         # (N,)
         else:
             distance = common.jaccard_distance(centred, args.k1, max_distance=args.eps)
-            labels = common.dbscan(distance, args.eps,
-                                   at_least=args.batch_size // args.num_instances,
+            labels = common.dbscan(distance, args.eps, at_least=P,
                                    instead=labels if args.on_collapse == "skip" else None)
         unrefined = common.label_quality(labels, train.pids)
 
@@ -278,8 +278,7 @@ def main(argv=None):
         model.train()
         means, use_groups = common.Means(), args.refine != "none"
         across = use_groups and epoch >= min(GROUP_START, args.epochs // 4)
-        batches = common.pk_batches(labels, cams, args.batch_size // args.num_instances,
-                                    args.num_instances, args.iters, generator)
+        batches = common.pk_batches(labels, cams, P, args.num_instances, args.iters, generator)
         for step, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", args.iters, leave=False)):
             # 5a features of augmented images
             batch = common.augment(images[index].to(device), generator,

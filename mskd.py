@@ -188,6 +188,7 @@ def train_stage(args, out, folder=None):
     # ---- 0 data, network, optimiser
     train, query, gallery = common.load(args.data, args.root, args.batch_size)
     cams, from_scratch = train.cams, args.weights == "none"
+    P = args.batch_size // args.num_instances  # clusters of a batch
     model = common.Encoder(args.arch, args.weights, parts=2, pooling="gem").on(device, args)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
                                  fused=device.type == "cuda")
@@ -221,8 +222,7 @@ def train_stage(args, out, folder=None):
             labels = common.renumber(train.pids)                                  # (N,)
         else:
             distance = mixed_distance(centred, args.k1, args.l1)
-            labels = common.dbscan(distance, args.eps,
-                                   at_least=args.batch_size // args.num_instances,
+            labels = common.dbscan(distance, args.eps, at_least=P,
                                    instead=labels if args.on_collapse == "skip" else None)
 
         # ---- 4 memories
@@ -232,8 +232,7 @@ def train_stage(args, out, folder=None):
         # ---- 5 batches of P clusters x K images
         model.train()
         means, iters = common.Means(), args.iters * (2 if epoch < 0 else 1)
-        batches = common.pk_batches(labels, cams, args.batch_size // args.num_instances,
-                                    args.num_instances, iters, generator)
+        batches = common.pk_batches(labels, cams, P, args.num_instances, iters, generator)
         for step, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", iters, leave=False)):
             # 5a features of augmented images
             batch = common.augment(images[index].to(device), generator,

@@ -239,6 +239,7 @@ def main(argv=None):
     # ---- 0 data, source networks, slow copies
     train, query, gallery = common.load(args.data, args.root, args.batch_size)
     cams, from_scratch = train.cams, args.weights == "none"
+    P = args.batch_size // args.num_instances  # clusters of a batch
     images, query_images, gallery_images = (
         common.read_images(split, *args.size) for split in (train, query, gallery))
     images = common.place(images, device)
@@ -285,8 +286,7 @@ def main(argv=None):
         else:
             distance = common.jaccard_distance(centred, args.k1)
             radius = args.eps or (adaptive_eps(distance, args.rho) if epoch == 0 else radius)
-            labels = common.dbscan(distance, radius,
-                                   at_least=args.batch_size // args.num_instances,
+            labels = common.dbscan(distance, radius, at_least=P,
                                    instead=labels if args.on_collapse == "skip" else None)
 
         # ---- 4 classifiers of every network and every copy
@@ -303,8 +303,7 @@ def main(argv=None):
         for net in (*students, *slow):
             net.train()
         means = common.Means()
-        batches = common.pk_batches(labels, cams, args.batch_size // args.num_instances,
-                                    args.num_instances, args.iters, generator)
+        batches = common.pk_batches(labels, cams, P, args.num_instances, args.iters, generator)
         for step, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", args.iters, leave=False)):
             # 5a augmented views, and what the slow copies say of them
             views = [common.augment(images[index].to(device), generator,
