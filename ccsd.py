@@ -281,10 +281,10 @@ def main(argv=None):
         batches = common.pk_batches(labels, cams, P, args.num_instances, args.iters, generator)
         for step, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", args.iters, leave=False)):
             # 5a features of augmented images
-            batch = common.augment(images[index].to(device), generator,
+            batch = common.augment(common.take(images, index, device), generator,
                                    jitter=.5 if from_scratch else 0)
             f = torch.cat([model(chunk) for chunk in batch.chunk(args.bn_splits)])  # (B, D)
-            index = index.to(device)
+            index = common.send(index, device)
             k, kv = y[index], g[index]                                            # (B,), (B,)
             L_base = L_intra = L_cross = L_kd = 0
 

@@ -601,10 +601,20 @@ def place(images, device):
     return images.to(device) if fits else images
 
 
+def send(tensor, device):
+    """-> the tensor on the device; a copy to CUDA is queued there, and the program goes on."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def take(images, index, device):
+    """-> images[index] on the device, wherever the images lie; index lies on the CPU."""
+    return send(images[send(index, images.device)], device)
+
+
 def normalise(images):
     """(B, 3, H, W) uint8 -> float32, ImageNet mean and deviation."""
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    return (images.float() / 255 - mean) / torch.tensor(STD, device=images.device).view(3, 1, 1)
+    mean, std = send(torch.tensor((MEAN, STD)), images.device)[:, :, None, None]
+    return (images.float() / 255 - mean) / std
 
 
 def augment(images, generator, pad=None, erase=.5, jitter=0.):
@@ -618,7 +628,7 @@ def augment(images, generator, pad=None, erase=.5, jitter=0.):
     """
     b, _, h, w = images.shape
     pad = h // 24 if pad is None else pad
-    u = torch.rand(b, 31, generator=generator).to(images.device)
+    u = send(torch.rand(b, 31, generator=generator), images.device)
     flip, dy, dx, gate, top, left = u[:, :6].T[:, :, None]                        # (B, 1) each
     y, x = torch.arange(h, device=u.device), torch.arange(w, device=u.device)
     rows = y + (dy * (2 * pad + 1)).long()                                        # (B, H)
@@ -627,12 +637,12 @@ def augment(images, generator, pad=None, erase=.5, jitter=0.):
     pixel = (rows[:, :, None] * (w + 2 * pad) + columns[:, None, :]).flatten(1)   # (B, HW)
     out = padded.gather(2, pixel[:, None].expand(-1, 3, -1)).view(b, 3, h, w).float().div_(255)
     if jitter:
-        gain, contrast, saturation = (                       # (B, 3, 1, 1), (B, 1, 1, 1) x 2
-            torch.exp(jitter * (u[:, c, None, None] - .5)) for c in ([6, 7, 8], [9], [10]))
+        gain, contrast, saturation = torch.exp(              # (B, 3, 1, 1), (B, 1, 1, 1) x 2
+            jitter * (u[:, 6:11, None, None] - .5)).split([3, 1, 1], 1)
         out.mul_(gain)
         out.mul_(contrast).add_(out.mean((1, 2, 3), True) * (1 / contrast - 1))
         out.mul_(saturation).add_(out.mean(1, True) * (1 / saturation - 1)).clamp_(0, 1)
-    mean, std = (torch.tensor(v, device=u.device).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = send(torch.tensor((MEAN, STD)), u.device)[:, :, None, None]       # (3, 1, 1) each
     out.sub_(mean).div_(std)
     area = h * w * (.02 + .38 * u[:, 11:21])                                      # ten tries
     aspect = .3 + (1 / .3 - .3) * u[:, 21:31]
@@ -825,8 +835,10 @@ class Encoder(nn.Module):
     def forward(self, images, pooled=False):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             if self.recompute and self.training and torch.is_grad_enabled():
-                last = checkpoint(self.backbone, images, use_reentrant=False, context_fn=lambda: (
-                    contextlib.nullcontext(), statistics_once(self.backbone)))
+                last = checkpoint(self.backbone, images, use_reentrant=False,
+                                  preserve_rng_state=False,  # nothing here is random
+                                  context_fn=lambda: (contextlib.nullcontext(),
+                                                      statistics_once(self.backbone)))
             else:
                 last = self.backbone(images)
         last = last.float()                                                       # (B, D, h, w)
@@ -858,10 +870,10 @@ def warm_up(model, images, cams, generator, epochs=4, batch_size=96, lr=1e-3, te
         for index in tqdm(order.split(batch_size), f"warm-up {epoch + 1}/{epochs}", leave=False):
             if len(index) < 2:
                 continue
-            batch = images[index].to(device)
+            batch = take(images, index, device)
             views = [augment(batch, generator, jitter=jitter) for _ in range(2)]
             features = model(torch.cat(views))                                    # (2B, D)
-            camera = cams[index.to(device)].repeat(2)
+            camera = cams[send(index, device)].repeat(2)
             twin = torch.arange(len(camera), device=device).roll(len(index))
             loss = 0
             for view in features if model.parts else [features]:
@@ -884,7 +896,7 @@ def extract_features(model, images, batch_size=256):
     device, training = next(model.parameters()).device, model.training
     model.eval()
     parts = tqdm(images.split(batch_size), "extracting features", leave=False)
-    features = torch.cat([model(normalise(part.to(device))).float() for part in parts], -2)
+    features = torch.cat([model(normalise(send(part, device))).float() for part in parts], -2)
     model.train(training)
     return features
 
@@ -1453,12 +1465,13 @@ def load_encoder(path):
     Raises Problem for a file that is none, or whose weights do not fit the architecture it names.
     """
     state = load_checkpoint(path, ("model", "arch", "parts", "pooling", "size", "data", "root",
-                                   "epoch", "epochs"))
+                                   "epoch", "epochs", "bf16", "fp32"))
     size = state["size"]
     if not (state["parts"] in range(9) and state["pooling"] in ("gem", "avg")
             and isinstance(state["model"], dict) and isinstance(state["data"], str)
             and isinstance(state["root"], str) and isinstance(size, (tuple, list))
             and isinstance(state["epoch"], int) and isinstance(state["epochs"], int)
+            and type(state["bf16"]) is type(state["fp32"]) is bool
             and len(size) == 2 and all(side in range(32, 2049) for side in size)):
         raise Problem(f"{path} was not written by these pages (choose another file)")
     model = Encoder(state["arch"], "none", state["parts"], state["pooling"])

@@ -8,6 +8,7 @@ Market-1501's rule: gallery images of the query's person and camera are ignored.
 interpolated. Re-ranking uses the gallery's own structure: compare it with re-ranked figures only.
 """
 
+import argparse
 import json
 import os
 
@@ -67,7 +68,8 @@ def main(argv=None):
     name = args.data or state["data"]
     _, query, gallery = common.load(name, args.root or state["root"],
                                     draw=bool(args.root))  # no checkpoint says where to draw
-    features = [common.extract_features(model.to(device), common.read_images(split, *state["size"]))
+    model.on(device, argparse.Namespace(bf16=state["bf16"], fp32=state["fp32"], recompute=False))
+    features = [common.extract_features(model, common.read_images(split, *state["size"]))
                 for split in (query, gallery)]
     if model.parts:
         features = [views[0] for views in features]  # the global feature

@@ -235,11 +235,11 @@ def train_stage(args, out, folder=None):
         batches = common.pk_batches(labels, cams, P, args.num_instances, iters, generator)
         for step, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", iters, leave=False)):
             # 5a features of augmented images
-            batch = common.augment(images[index].to(device), generator,
+            batch = common.augment(common.take(images, index, device), generator,
                                    jitter=.5 if from_scratch else 0)
             chunks = batch.chunk(args.bn_splits)
             f = torch.cat([model(chunk) for chunk in chunks], 1)                  # (3, B, D)
-            k = y[index.to(device)]                                               # (B,)
+            k = y[common.send(index, device)]                                     # (B,)
             D_g = D_u = D_d = 0
 
             # 5b similarity to clusters

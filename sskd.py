@@ -211,18 +211,18 @@ def train_source(args, n, log, source, source_images, images):
                                     args.num_instances, args.source_iters, generator)
         for index in tqdm(batches, f"source {n}, epoch {epoch + 1}", args.source_iters,
                           leave=False):
-            batch = common.augment(source_images[index].to(device), generator, erase=0)
+            batch = common.augment(common.take(source_images, index, device), generator, erase=0)
             f, pooled = forward(model, batch, args.bn_splits)                     # (B, D) each
-            z, k = classifier(f) / args.temp, y[index.to(device)]                 # (B, C), (B,)
+            z, k = classifier(f) / args.temp, y[common.send(index, device)]       # (B, C), (B,)
             loss = (F.cross_entropy(z, k, label_smoothing=SMOOTHING)
                     + multi_similarity_loss(pooled, k) + 2 * nuclear_norm_loss(z))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             passing = torch.randint(len(images), (len(index),), generator=generator)
+            batch = common.augment(common.take(images, passing, device), generator, erase=0)
             with torch.no_grad():
-                forward(model, common.augment(images[passing].to(device), generator, erase=0),
-                        args.bn_splits)
+                forward(model, batch, args.bn_splits)
             means.add(source=loss)
         log.epoch(f"source {n}, {epoch + 1}", losses=means.values(epoch + 1), epoch=epoch + 1,
                   keep=dict(generator=generator, model=model, classifier=classifier,
@@ -306,10 +306,10 @@ def main(argv=None):
         batches = common.pk_batches(labels, cams, P, args.num_instances, args.iters, generator)
         for step, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", args.iters, leave=False)):
             # 5a augmented views, and what the slow copies say of them
-            views = [common.augment(images[index].to(device), generator,
+            views = [common.augment(common.take(images, index, device), generator,
                                     jitter=.5 if from_scratch else 0)
                      for _ in range(1 if args.shared_view else args.nets)]
-            views, index = views * (args.nets // len(views)), index.to(device)
+            views, index = views * (args.nets // len(views)), common.send(index, device)
             k, soft = y[index], []                                                # (B,)
             for net, classifier, view in zip(slow, slow_classifiers, views):
                 with torch.no_grad():

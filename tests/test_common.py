@@ -571,13 +571,13 @@ def test_a_checkpoint_cannot_execute_anything(tmp_path):
 def test_load_encoder(tmp_path):
     model = common.Encoder("small", "none")
     about = dict(parts=0, pooling="gem", size=(96, 48), data="toy", root="data",
-                 epoch=1, epochs=2)
+                 epoch=1, epochs=2, bf16=False, fp32=False)
     common.save_checkpoint(str(tmp_path / "a.pt"), model=model.state_dict(), arch="small", **about)
     again, state = common.load_encoder(str(tmp_path / "a.pt"))
     x = torch.randn(2, 3, 96, 48)
     for wrong in (dict(size="48"), dict(size=(8, 8)), dict(parts="2"), dict(pooling="max"),
                   dict(data=3), dict(arch="vgg"), dict(epoch="1"), dict(model=None),
-                  dict(model={1: 2})):
+                  dict(model={1: 2}), dict(bf16="yes")):
         state = dict(dict(model=model.state_dict(), arch="small", **about), **wrong)
         common.save_checkpoint(str(tmp_path / "c.pt"), **state)
         with pytest.raises(common.Problem):

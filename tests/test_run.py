@@ -36,13 +36,16 @@ def test_end_to_end(finished):
     assert "epoch 2/2" in done.stdout and "mAP" in done.stdout
 
 
-def test_eval_repeats_the_last_score(finished, tiny):
+def test_eval_repeats_the_last_score(finished, tiny, tmp_path):
     out, _ = finished
     last = json.loads(open(out / "log.jsonl").readlines()[-1])
     again = program("eval.py", out, "--json")
     assert again.returncode == 0, again.stderr
     scores = json.loads(again.stdout)
     assert all(scores[key] == last[key] for key in ("mAP", "rank1", "rank5", "rank10", "queries"))
+    rough = ccsd.main(short(tiny, tmp_path, "--bf16", "--epochs", "1"))
+    again = scoring.main([str(tmp_path)])
+    assert all(again[key] == rough[key] for key in rough)
     table = program("eval.py", out / "last.pt", "--data", tiny, "--rerank")
     assert table.returncode == 0 and len(table.stdout.splitlines()) == 2
     assert ("mAP" in table.stdout and " yes " in table.stdout
