@@ -2,15 +2,17 @@
 
   python tests/benchmark.py clustering 12936 32621      search, Jaccard distance, DBSCAN of N images
   python tests/benchmark.py evaluation 3368x15913       ranking of Q queries in a gallery of G
-  python tests/benchmark.py step                        where a training step spends its time
+  python tests/benchmark.py step toy paper resnet18     a training step: speed, parts, what may help
 
-Features are synthetic: 2,048 dimensions, people of 17 images, 6 cameras. Every measurement runs in
-a process of its own, three times; medians, and peak memory above that of the features (Linux).
+Features are synthetic: 2,048 dimensions, people of 17 images, 6 cameras; the references are on the
+CPU, ours on --device. Every measurement runs in a process of its own, three times; medians, and
+peak memory above that of the features (Linux; of a step on CUDA, that of the GPU).
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import DBSCAN
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common  # noqa: E402
@@ -121,8 +124,8 @@ def reset_peak():
     return memory("VmRSS")
 
 
-def measure_clustering(kind, n):
-    features, people, _ = draw(n)
+def measure_clustering(kind, n, device):
+    features = draw(n)[0].to(device if kind == "ours" else "cpu")
     before, start, seconds = reset_peak(), time.perf_counter(), {}
     for part in dict(dense=dense_clustering, ours=clustering)[kind](features):
         if isinstance(part, str):
@@ -135,8 +138,10 @@ def measure_clustering(kind, n):
                 digest=hash(common.renumber(part).tobytes()))
 
 
-def measure_evaluation(kind, q, g):
+def measure_evaluation(kind, q, g, device):
     (features, who, where), (others, whose, wheres) = draw(q, 1), draw(g, 2)
+    if kind == "ours":
+        features, others = features.to(device), others.to(device)
     query, gallery = (common.Split([""] * len(p), p % 750, c) for p, c in
                       ((who, where), (whose, wheres)))
     before, start = reset_peak(), time.perf_counter()
@@ -146,52 +151,121 @@ def measure_evaluation(kind, q, g):
                 digest=round(scores["mAP"], 6))
 
 
-def measure_step(kind, device):
-    """Seconds of the parts of ccsd.py's step, of the toy set's size and of the paper's."""
-    arch, height, width, b = dict(toy=("small", 96, 48, 64),
-                                  paper=("resnet50", 256, 128, 256))[kind]
-    device = common.pick_device(device)
-    images = torch.randint(256, (b, 3, height, width), dtype=torch.uint8, device=device)
-    model = common.Encoder(arch, "none").to(device)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
-    memory = F.normalize(torch.randn(700, model.width, device=device))
-    y = torch.arange(b, device=device) // 16
-    generator = torch.Generator().manual_seed(0)
-    seconds = dict.fromkeys(("augment", "forward", "loss", "backward", "optimiser", "memory"), 0.)
+STEPS = {  # network, height, width, batch, chunks for batch norm
+    "toy": ("small", 96, 48, 64, 1), "paper": ("resnet50", 256, 128, 256, 4),
+    "resnet18": ("resnet18", 256, 128, 256, 4)}
+VARIANTS = {  # what to try on a step: flags of the pages, cudnn.benchmark, mode of torch.compile
+    "as the pages do": {}, "--fp32": dict(fp32=True), "--bf16": dict(bf16=True),
+    "--recompute": dict(recompute=True), "cudnn.benchmark": dict(cudnn=True),
+    "torch.compile": dict(mode="default"), "compiled, CUDA graphs": dict(mode="reduce-overhead")}
+PARTS = ("augment", "forward", "loss", "backward", "optimiser", "memory")
 
-    def lap(part):
+
+def measure_step(kind, device, mode=None, cudnn=False, **flags):
+    """The step of ccsd.py without groups, again and again, on images that lie on the device."""
+    arch, height, width, b, splits = STEPS[kind]
+    device, generator = torch.device(device), common.seed_everything(0)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn, not cudnn
+    images = torch.randint(256, (b, 3, height, width), dtype=torch.uint8).to(device)
+    flags = dict(dict(bf16=False, fp32=False, recompute=False), **flags)
+    model = common.Encoder(arch, "none").on(device, argparse.Namespace(**flags))
+    if mode:
+        model.backbone.compile(mode=mode)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=device.type == "cuda")
+    means = F.normalize(torch.randn(700, model.width)).to(device)
+    y = torch.arange(b, device=device) // 16
+    before = reset_peak() if device.type != "cuda" else 0
+
+    def wait():
         if device.type == "cuda":
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        seconds[part] += now - lap.start
-        lap.start = now
-    for step in range(12):
-        if step == 2:  # the first two warm up
-            seconds = dict.fromkeys(seconds, 0.)
-        lap.start = time.perf_counter()
+
+    def step(lap=lambda part: None):
         batch = common.augment(images, generator)
         lap("augment")
-        f = model(batch)
+        f = torch.cat([model(chunk) for chunk in batch.chunk(splits)])
         lap("forward")
-        loss = F.cross_entropy(f @ memory.T / .05, y)
+        loss = F.cross_entropy(f @ means.T / .05, y)
         lap("loss")
         optimizer.zero_grad()
         loss.backward()
         lap("backward")
         optimizer.step()
         lap("optimiser")
-        common.update_memory(memory, f.detach(), y, .1)
+        common.update_memory(means, f.detach(), y, .1, 16)
         lap("memory")
-    total = sum(seconds.values())
-    print(f"{arch}, {height} x {width}, batch {b}, {device}: {10 * b / total:,.0f} images a second:"
-          , ", ".join(f"{part} {value / total:.1%}" for part, value in seconds.items()))
+
+    def time_of(do, times):
+        wait()
+        start = time.perf_counter()
+        for _ in range(times):
+            do()
+        wait()
+        return (time.perf_counter() - start) / times
+    with FlopCounterMode(display=False) as counter:
+        if not mode:
+            step()
+    warm = min(time_of(step, 1) for _ in range(3))
+    times = max(1, min(50, int(1 / warm)))
+    seconds = float(np.median([time_of(step, times) for _ in range(3)]))
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else memory() - before
+    parts = dict.fromkeys(PARTS, 0.)
+
+    def lap(part):
+        wait()
+        now = time.perf_counter()
+        parts[part] += now - lap.start
+        lap.start = now
+    for _ in range(times):
+        lap.start = time.perf_counter()
+        step(lap)
+    some = images.repeat(4, 1, 1, 1).cpu()
+    common.extract_features(model, some)
+    seen = time_of(lambda: common.extract_features(model, some), 1)
+    side = 8192 if device.type == "cuda" else 2048
+    square = torch.randn(side, side, device=device, dtype=torch.bfloat16 if model.bf16 else None)
+    square @ square
+    rate = 2 * side ** 3 / min(time_of(lambda: square @ square, 3) for _ in range(3))
+    return dict(steps=b / seconds, flop=counter.get_total_flops() / b, rate=rate, MiB=peak,
+                extracted=4 * b / seen,
+                parts={part: value / sum(parts.values()) for part, value in parts.items()})
+
+
+def report_step(kind, device):
+    """A table of variants, and what 50 epochs of 200 batches of Market-1501 would take."""
+    skip = {"cuda": ("--bf16",), "cpu": ("--fp32", "cudnn.benchmark", "compiled, CUDA graphs")}
+    row(f"{kind}, {device}", "images a second", "ratio", "TFLOP/s", "of the product of matrices",
+        "peak MiB", "extraction, images a second")
+    row(*["---"] * 7)
+    for variant in VARIANTS:
+        if variant in skip.get(device, ()):
+            continue
+        try:
+            run = child("step", variant, kind, device)
+        except subprocess.CalledProcessError as error:  # a variant may not work everywhere
+            row(variant, "failed: " + (error.stderr.splitlines() or [""])[-1])
+            if variant == "as the pages do":
+                return
+            continue
+        if variant == "as the pages do":
+            plain = run
+        speed = run["steps"] * plain["flop"]
+        row(variant, run["steps"], run["steps"] / plain["steps"], speed / 1e12,
+            f"{speed / run['rate']:.1%}", run["MiB"], run["extracted"])
+    print(", ".join(f"{part} {value:.1%}" for part, value in plain["parts"].items()))
+    _, _, _, b, _ = STEPS[kind]
+    if kind == "toy":
+        return
+    print(f"50 x 200 steps {50 * 200 * b / plain['steps'] / 60:,.1f} minutes, 50 extractions of "
+          f"12,936 images and 5 of 19,281 {(50 * 12936 + 5 * 19281) / plain['extracted'] / 60:,.1f}"
+          " minutes; clustering and ranking: measure them here, too")
 
 
 def child(*words):
     """Run one measurement in a process of its own -> its dict."""
     env = dict(os.environ, PYTHONHASHSEED="0")
     done = subprocess.run([sys.executable, __file__, "--child", *map(str, words)], text=True,
-                          stdout=subprocess.PIPE, env=env, check=True)
+                          capture_output=True, env=env, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -200,12 +274,12 @@ def row(*cells):
                             for cell in cells) + " |", flush=True)
 
 
-def compare(what, size, kinds, repeats):
+def compare(what, size, kinds, repeats, device):
     """Interleaved runs of both kinds; medians, and the ratio of their times."""
     runs = {kind: [] for kind in kinds}
     for _ in range(repeats):
         for kind in kinds:
-            runs[kind].append(child(what, kind, *size))
+            runs[kind].append(child(what, kind, *size, device))
     median = {kind: {key: float(np.median([run[key] for run in its])) for key in its[0]
                      if key != "digest"} for kind, its in runs.items()}
     row(what, " x ".join(map(str, size)), "seconds of the parts", "all", "extra MiB")
@@ -222,29 +296,36 @@ def compare(what, size, kinds, repeats):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__)
     parser.add_argument("what", choices=("clustering", "evaluation", "step"))
-    parser.add_argument("sizes", nargs="*", help="N, or QxG, or toy and paper")
+    parser.add_argument("sizes", nargs="*", help="N, or QxG, or toy, paper, resnet18")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ours", action="store_true", help="no reference, for sizes beyond it")
     parser.add_argument("--device", default="auto", choices=common.DEVICES)
     args = parser.parse_args()
+    device = common.pick_device(args.device).type
+    shape = dict(clustering=r"\d+", evaluation=r"\d+x\d+", step="|".join(STEPS))[args.what]
     for size in args.sizes or dict(clustering=["12936"], evaluation=["3368x15913"],
                                    step=["toy"])[args.what]:
+        if not re.fullmatch(shape, size):
+            raise common.Problem(f"{args.what} has no size {size!r} (see --help)")
         if args.what == "step":
-            measure_step(size, args.device)
+            report_step(size, device)
         elif args.ours:
-            print(size, child(args.what, "ours", *size.split("x")))
+            print(size, child(args.what, "ours", *size.split("x"), device))
         else:
             compare(args.what, size.split("x"), dict(clustering=("dense", "ours"),
                                                      evaluation=("loop", "ours"))[args.what],
-                    args.repeats)
+                    args.repeats, device)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        measure = dict(clustering=measure_clustering, evaluation=measure_evaluation)[sys.argv[2]]
-        print(json.dumps(measure(sys.argv[3], *map(int, sys.argv[4:]))))
+        what, kind, *sizes = sys.argv[2:]
+        if what == "step":
+            print(json.dumps(measure_step(*sizes, **VARIANTS[kind])))
+        else:
+            measure = dict(clustering=measure_clustering, evaluation=measure_evaluation)[what]
+            print(json.dumps(measure(kind, *map(int, sizes[:-1]), sizes[-1])))
     else:
-        main()
+        common.run(main, resume=None)
