@@ -485,6 +485,15 @@ def test_evaluate_equals_one_query_at_a_time(features, capsys):
     assert ("equal similarity" in capsys.readouterr().err) == (features is not unit)
 
 
+def test_equal_right_answers_are_no_tie(capsys):
+    query, gallery = (common.Split([], np.array(pids), np.full(len(pids), camera))
+                      for camera, pids in enumerate(([1], [1, 1, 2])))
+    features = torch.tensor([[1., 0], [1, 0], [0, 1]])
+    assert common.evaluate(features[:1], features, query, gallery)["mAP"] == 1
+    common.evaluate(features[:1], features[[0, 2, 0]], query, gallery)  # right, wrong, equal wrong
+    assert capsys.readouterr().err.count("equal similarity") == 1
+
+
 def test_evaluate_agrees_with_scikit_learn():
     query, gallery = people(30, 5, cameras=1), people(90, 6, cameras=1)
     gallery = gallery._replace(cams=gallery.cams + 1)              # nothing is ignored
