@@ -31,16 +31,16 @@ Symbols: f_i unit feature, v = c(i) its camera, k = y(i) its cluster; group (k, 
 Differences from the paper: unknown, for only its abstract and introduction were at hand.
 Not said there, chosen here
   N1 the refinement rule: two readings; neither scored above the bare split, the default (README)
-  N2 L_intra: cross-entropy over the groups of the image's camera, as in CAP (AAAI 2021)
-  N3 L_cross: the cluster's groups in other cameras against the 50 hardest, as in CAP, from
-     GROUP_START on, like N4; --cross 0 leaves the alignment of cameras to distillation alone
+  N2 L_intra: cross-entropy over the groups of the image's camera, GROUP_TEMP: CAP (AAAI 2021)
+  N3 L_cross: the cluster's groups in other cameras against the 50 hardest, as in CAP, after the
+     first GROUP_START epochs, as is N4; --cross 0 leaves aligning cameras to distillation alone
   N4 KL(teacher || student) over the clusters that both cameras see, the image's own among them
-  N5 group memories move like those of clusters, momentum GROUP_MOMENTUM
+  N5 group memories move like those of clusters, with a momentum GROUP_MOMENTUM of our own
   N6 --weights none adds what no paper claims: a warm-up without labels, colour jitter, and features
      centred per camera before clustering; any other --weights has none of them
 Run
   python ccsd.py                                     toy set, 2 CPU cores: 87 s, 78 mAP
-  python ccsd.py --data market1501 --root data       one GPU of about 40 GB: not measured
+  python ccsd.py --data market1501 --root data       one GPU of 24 GB, estimated: not measured
 """
 
 import math
@@ -63,14 +63,14 @@ SETTINGS["toy-source"] = SETTINGS["toy"]
 SETTINGS["msmt17"] = dict(SETTINGS["market1501"], iters=400)
 GROUP_TEMP, GROUP_MOMENTUM, NEGATIVES = .07, .2, 50  # N2-N5
 GROUP_START = 5       # epochs before L_cross and L_kd; a quarter of a run of less than 20 epochs
-RECLUSTER_EPS = .8    # N1: eps inside a group, in parts of --eps
+RECLUSTER_EPS = .8    # N1: eps inside a group, in parts of --eps; not varied
 WEIGHT_DECAY = 5e-4
 
 
 def get_args(argv=None):
     number, parser = common.number, common.Parser(__doc__)
-    add = parser.add_argument_group("paper; weight 0: no such term; (default here / published)"
-                                    ).add_argument
+    add = parser.add_argument_group("paper; weight 0: no such term; (default here / published, of "
+                                    "ClusterContrast)").add_argument
     add("--refine", choices=("none", "split", "reassign", "recluster"), default="split",
         help="none: ClusterContrast, no groups, L_base only; split: by camera; reassign: split, "
         "then images move to the nearest group of their camera; recluster: split, then loose "
@@ -79,17 +79,17 @@ def get_args(argv=None):
     add("--intra", type=number(float, 0), default=1, help="weight of L_intra (%(default)s)")
     add("--cross", type=number(float, 0), default=.5, help="a, weight of L_cross (%(default)s)")
     add("--kd", type=number(float, 0), default=1,
-        help="b, weight of L_kd (%(default)s); try 0.3 to 3")
+        help="b, weight of L_kd (%(default)s)")
     add("--temp", type=number(float, 1e-3), default=.05, help="tau of L_base (%(default)s / 0.05)")
     add("--momentum", type=number(float, 0, 1), default=.1,
-        help="mu, share of a memory that stays when an image comes (%(default)s / 0.1)")
+        help="mu, share of a cluster's memory that stays when an image comes (%(default)s / 0.1)")
     add("--eps", type=number(float, 0, 1), help="DBSCAN's radius (%(default)s / 0.6); lower "
         "it when clusters mix people, raise it when most images are outliers")
     add("--k1", type=number(int, 1), help="neighbours of the Jaccard distance (%(default)s / 30); "
         "about the images of a person")
     add = parser.add_argument_group("schedule").add_argument
     add("--epochs", type=number(int, 1), help="how often to cluster (%(default)s / 50)")
-    add("--iters", type=number(int, 1), help="batches per epoch (%(default)s / 200)")
+    add("--iters", type=number(int, 1), help="batches per epoch (%(default)s / 200, MSMT17 400)")
     add("--batch-size", type=number(int, 2), help="P x K images (%(default)s / 256)")
     add("--num-instances", type=number(int, 1), help="K, images of a cluster (%(default)s / 16)")
     add("--lr", type=number(float, 0), help="step size of Adam (%(default)s / 3.5e-4)")
@@ -160,10 +160,7 @@ def recluster(labels, cams, distance, eps, min_samples=2):
     row = common.per_entry(groups, distance)
     inside = distance.copy()
     inside.data = np.where((row >= 0) & (row == groups[distance.indices]), distance.data, 1)
-    try:
-        parts = common.dbscan(inside, eps, min_samples)
-    except common.Problem as problem:
-        raise common.Problem(f"--refine recluster, at {RECLUSTER_EPS} x --eps: {problem}") from None
+    parts = common.dbscan(inside, eps, min_samples, at_least=0)
     return common.renumber(np.where(parts >= 0, labels, -1))
 
 
@@ -198,7 +195,7 @@ def distillation_loss(similar, group, parent, camera, table, temp):
     For each camera w other than v = c(i) that sees the image's cluster too, over the clusters k
     that v and w both see (a KL needs one support; 2 at least): teacher p = softmax(<f_i, m_(k,v)> /
     temp), no gradient; student q = softmax(<f_i, m_(k,w)> / temp). KL(p || q), mean over those w,
-    then over the images that have any. table (C, V): group of (k, v), or -1.
+    then over the images that have any. table (C, V): group of (k, v), or -1. Last axis below: w.
     """
     seen = table >= 0                                                             # (C, V)
     logits = (similar / temp)[:, table.clamp(min=0)]                              # (B, C, V)
@@ -209,17 +206,18 @@ def distillation_loss(similar, group, parent, camera, table, temp):
     log_q = logits.masked_fill(~shared, -1e4).log_softmax(1)  # e^-1e4 = 0, and -inf would give NaN
     kl = (log_p.exp() * (log_p - log_q)).sum(1)                                   # (B, V)
     valid = seen[parent[group]] & (shared.sum(1) >= 2)                            # (B, V)
-    valid = valid.scatter(1, v[:, None], False)               # an image does not teach itself
+    valid = valid.scatter(1, v[:, None], False)               # w = v is the teacher
     loss = torch.where(valid, kl, 0).sum(1) / valid.sum(1).clamp(min=1)           # (B,)
     return loss.sum() / valid.any(1).sum().clamp(min=1)
 
 
 def main(argv=None):
     args = get_args(argv)
-    generator, device = common.seed_everything(args.seed), common.pick_device(args.device)
+    device = common.pick_device(args.device)
     log = common.Log(args.out, device, args)
     if log.finished:
         return log.finished["scores"]
+    generator = common.seed_everything(args.seed)
 
     # ---- 0 data, network, optimiser
     train, query, gallery = common.load(args.data, args.root, args.batch_size)
@@ -254,7 +252,7 @@ def main(argv=None):
         # ---- 2 pseudo labels
         centred = common.centre_cameras(features, cams) if from_scratch else features  # N6
         if args.true_ids:
-            labels = common.renumber(train.pids)                                         # (N,)
+            labels = common.renumber(train.pids)                                  # (N,)
         else:
             distance = common.jaccard_distance(centred, args.k1, max_distance=args.eps)
             labels = common.dbscan(distance, args.eps, at_least=P,
@@ -262,10 +260,12 @@ def main(argv=None):
         unrefined = common.label_quality(labels, train.pids)
 
         # ---- 3 camera-aware cluster refinement: labels change, then they are split for good
-        if args.refine == "reassign":
-            labels = reassign(labels, cams, centred)
-        if args.refine == "recluster":
-            labels = recluster(labels, cams, distance, RECLUSTER_EPS * args.eps)
+        if args.refine in ("reassign", "recluster"):
+            labels = (reassign(labels, cams, centred) if args.refine == "reassign" else
+                      recluster(labels, cams, distance, RECLUSTER_EPS * args.eps))
+            if labels.max() + 1 < P:
+                raise common.Problem(f"--refine {args.refine} leaves {labels.max() + 1} clusters, "
+                                     f"and a batch needs {P} (raise --eps, or --refine split)")
         groups, parent, camera, table = split_by_camera(labels, cams)
 
         # ---- 4 memories
@@ -277,7 +277,7 @@ def main(argv=None):
         # ---- 5 batches of P clusters x K images
         model.train()
         means, use_groups = common.Means(), args.refine != "none"
-        across = use_groups and epoch >= min(GROUP_START, args.epochs // 4)
+        across = epoch >= min(GROUP_START, args.epochs // 4)  # N3, N4
         batches = common.pk_batches(labels, cams, P, args.num_instances, args.iters, generator)
         for step, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", args.iters, leave=False)):
             # 5a features of augmented images
@@ -285,7 +285,7 @@ def main(argv=None):
                                    jitter=.5 if from_scratch else 0)
             f = torch.cat([model(chunk) for chunk in batch.chunk(args.bn_splits)])  # (B, D)
             index = common.send(index, device)
-            k, kv = y[index], g[index]                                            # (B,), (B,)
+            k, group = y[index], g[index]                                         # (B,), (B,)
             L_base = L_intra = L_cross = L_kd = 0
 
             # 5b similarity to clusters
@@ -293,13 +293,14 @@ def main(argv=None):
                 L_base = F.cross_entropy(f @ cluster_memory.T / args.temp, k)
 
             # 5c-5e similarity to groups of the same camera, of different cameras, distillation
-            similar = f @ group_memory.T                                          # (B, G)
-            if use_groups and args.intra:
-                L_intra = intra_camera_loss(similar, kv, camera, GROUP_TEMP)
-            if across and args.cross:
-                L_cross = cross_camera_loss(similar, kv, parent, GROUP_TEMP)
-            if across and args.kd:
-                L_kd = distillation_loss(similar, kv, parent, camera, table, GROUP_TEMP)
+            if use_groups:
+                similar = f @ group_memory.T                                      # (B, G)
+                if args.intra:
+                    L_intra = intra_camera_loss(similar, group, camera, GROUP_TEMP)
+                if across and args.cross:
+                    L_cross = cross_camera_loss(similar, group, parent, GROUP_TEMP)
+                if across and args.kd:
+                    L_kd = distillation_loss(similar, group, parent, camera, table, GROUP_TEMP)
 
             # 5f total loss, step
             loss = args.base * L_base + args.intra * L_intra + args.cross * L_cross + args.kd * L_kd
@@ -313,8 +314,9 @@ def main(argv=None):
             # 5g memories follow the batch
             common.update_memory(cluster_memory, f.detach(), k, args.momentum,
                                  args.num_instances)
-            common.update_memory(group_memory, f.detach(), kv, GROUP_MOMENTUM,
-                                 args.num_instances)
+            if use_groups:
+                common.update_memory(group_memory, f.detach(), group, GROUP_MOMENTUM,
+                                     args.num_instances)
             means.add(base=L_base, intra=L_intra, cross=L_cross, kd=L_kd)
 
         # ---- 6 report, evaluate, save

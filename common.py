@@ -97,7 +97,8 @@ def add_run_flags(parser):
     add("--arch", choices=ARCHS, help="network (%(default)s)")
     add("--weights", help="imagenet, a torchvision FILE, or none: from random weights, with "
         "jitter, centring per camera and, where there is no source, a warm-up (%(default)s)")
-    add("--fp32", action="store_true", help="no bfloat16 on CUDA, where it is the default")
+    add("--fp32", action="store_true", help="no bfloat16 on CUDA, where it is the default; "
+        "convolutions may still use TF32, as is PyTorch's default")
     add("--bf16", action="store_true", help="bfloat16 elsewhere too; pays where the CPU has it")
     add("--recompute", action="store_true", help="for a small GPU: keep no activations, compute "
         "those of a chunk of --bn-splits again for its gradient; the same numbers, a third slower")
@@ -902,19 +903,20 @@ def extract_features(model, images, batch_size=256):
 
 
 def camera_means(features, cams):
-    """(N, D) features -> (N, D): for every image the mean feature of its camera."""
+    """(..., N, D) features -> (..., N, D): for every image the mean feature of its camera."""
     cams = torch.from_numpy(cams).to(features.device)
-    sums = features.new_zeros(int(cams.max()) + 1, features.shape[1]).index_add_(0, cams, features)
-    return (sums / torch.bincount(cams).clamp(min=1)[:, None])[cams]
+    sums = features.new_zeros(*features.shape[:-2], int(cams.max()) + 1, features.shape[-1])
+    sums.index_add_(-2, cams, features)
+    return (sums / torch.bincount(cams).clamp(min=1)[:, None])[..., cams, :]
 
 
 def centre_cameras(features, cams):
-    """Subtract each camera's mean feature: (N, D) unit rows -> (N, D) unit rows.
+    """Subtract each camera's mean feature: (..., N, D) unit rows -> (..., N, D) unit rows.
 
     Not a step of the papers: a network that starts from random weights groups images by camera
     first, and this removes what a camera's images have in common.
     """
-    return F.normalize(features - camera_means(features, cams))
+    return F.normalize(features - camera_means(features, cams), dim=-1)
 
 
 @torch.no_grad()
@@ -1054,7 +1056,7 @@ def jaccard_distance(features, k1=30, k2=6, max_distance=1.):
     rows = []
     for shared in tqdm(overlaps(vectors, vectors), "Jaccard distance", len(rank) // 256 + 1,
                        leave=False):
-        shared.data = (1 - shared.data / (2 - shared.data)).clip(0)               # 1 - J(i, j)
+        shared.data = (1 - shared.data / (2 - shared.data)).clip(0)               # J(i, j)
         keep = shared.data <= max_distance + 1e-4            # dbscan's eps is a little wider too
         ends = np.concatenate([[0], keep.cumsum()])[shared.indptr]
         rows.append(csr_array((shared.data[keep], shared.indices[keep], ends), shared.shape))
@@ -1097,10 +1099,11 @@ def renumber(labels):
 
 
 def cluster_means(features, labels):
-    """(N, D) features, (N,) labels 0..C-1 or -1 -> (C, D) unit means; -1 takes no part."""
+    """(..., N, D) features, (N,) labels 0..C-1 -> (..., C, D) unit means; -1 takes no part."""
     labels = torch.from_numpy(labels).to(features.device)
-    sums = features.new_zeros(int(labels.max()) + 1, features.shape[1])
-    return F.normalize(sums.index_add_(0, labels[labels >= 0], features[labels >= 0]))
+    inside = labels >= 0
+    sums = features.new_zeros(*features.shape[:-2], int(labels.max()) + 1, features.shape[-1])
+    return F.normalize(sums.index_add_(-2, labels[inside], features[..., inside, :]), dim=-1)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Score a trained network on any data set, with or without re-ranking.
 
   python eval.py runs/ccsd-toy-s0                          the data set it was trained on
-  python eval.py runs/ccsd-toy-s0 --data toy-source        any other
+  python eval.py runs/ccsd-toy-s0 --data toy-source --root data   any other, drawn into data/
   python eval.py runs/ccsd-market1501-s0 --rerank --json   k-reciprocal re-ranking; one line of JSON
 
 Market-1501's rule: gallery images of the query's person and camera are ignored. mAP is not

@@ -22,7 +22,7 @@ authors' released code; the rest is ClusterContrast by Dai et al., ACCV 2022, th
                                                          distillation_losses
     5f L = (1 - l2) (L_g + mu D_g) + l2 (L_u + mu D_u) + l2 (L_d + mu D_d) [code], optimiser step
     5g memories follow the batch                         common.update_memory
-  6 report, evaluate with the global feature [code], save    common.label_quality, evaluate, Log
+  6 report, evaluate the global feature [code], save   common.label_quality, evaluate, Log.epoch
 Before its epochs the student trains for a round, "epoch 0", on labels and memories that come from
   the teacher's features, with frozen memories and twice the iterations [code].
 Symbols: g, u, d the views: global, upper, lower half; f_v unit feature, t_v the teacher's; J_v
@@ -34,12 +34,13 @@ Differences from the code
   D4 on the toy set the teacher normalises with its running statistics, there with the batch's;
      chosen by the scores in the README
 Not said in paper or code, chosen here
-  N1 --lr-drop 0: the cosine spans a stage, the student's epoch 0 included
+  N1 the student's epoch 0 counts in its schedule: --lr-drop 20 acts after epochs 19 and 39, as in
+     the code, and the cosine of --lr-drop 0 spans it too
   N2 --weights none adds what no paper claims: a warm-up without labels, colour jitter, and features
      centred per camera before clustering; any other --weights has none of them
 Run
-  python mskd.py                                     toy set, 2 CPU cores: 160 s, 85 mAP
-  python mskd.py --data market1501 --root data       one GPU of about 40 GB: not measured
+  python mskd.py                                     toy set, 2 CPU cores: 149 s, 85 mAP
+  python mskd.py --data market1501 --root data       one GPU of 24 GB, estimated: not measured
 """
 
 import copy
@@ -68,7 +69,8 @@ WEIGHT_DECAY = 5e-4
 
 def get_args(argv=None):
     number, parser = common.number, common.Parser(__doc__)
-    add = parser.add_argument_group("paper; (default here / published)").add_argument
+    add = parser.add_argument_group("paper; weight 0: no such term; (default here / published)"
+                                    ).add_argument
     add("--stage", choices=("both", "teacher", "student"), default="both", help="a stage that is "
         "finished in OUT is skipped (%(default)s)")
     add("--teacher", help="folder of a finished teacher, which is not trained "
@@ -84,13 +86,13 @@ def get_args(argv=None):
     add("--temp", type=number(float, 1e-3), default=.05, help="tau (%(default)s / 0.05)")
     add("--momentum", type=number(float, 0, 1), default=.1,
         help="share of a memory that stays when an image comes (%(default)s / 0.1)")
-    add("--eps", type=number(float, 0, 1), help="DBSCAN's radius (%(default)s / 0.6); lower "
-        "it when clusters mix people, raise it when most images are outliers")
+    add("--eps", type=number(float, 0, 1), help="DBSCAN's radius (%(default)s / 0.6, MSMT17 0.7); "
+        "lower it when clusters mix people, raise it when most images are outliers")
     add("--k1", type=number(int, 1), help="neighbours of the Jaccard distance (%(default)s / 30); "
         "about the images of a person")
     add = parser.add_argument_group("schedule of each stage").add_argument
     add("--epochs", type=number(int, 1), help="how often to cluster (%(default)s / 50)")
-    add("--iters", type=number(int, 1), help="batches per epoch (%(default)s / 200)")
+    add("--iters", type=number(int, 1), help="batches per epoch (%(default)s / 200, MSMT17 400)")
     add("--batch-size", type=number(int, 2), help="P x K images (%(default)s / 256)")
     add("--num-instances", type=number(int, 1), help="K, images of a cluster (%(default)s / 16)")
     add("--lr", type=number(float, 0), help="step size of Adam (%(default)s / 3.5e-4)")
@@ -179,11 +181,12 @@ def train_stage(args, out, folder=None):
     """The teacher's stage, or the student's of the teacher in `folder`. -> its last evaluation."""
     args = copy.copy(args)
     args.stage = "student" if folder else "teacher"  # what the checkpoint says it is
-    generator, device = common.seed_everything(args.seed), common.pick_device(args.device)
+    device = common.pick_device(args.device)
     log = common.Log(out, device, args, free=() if folder else ("teacher", "mu", "teacher_bn"))
     if log.finished:
         return log.finished["scores"]
     teacher = load_teacher(folder, args) if folder else None
+    generator = common.seed_everything(args.seed)  # both stages start from the same network
 
     # ---- 0 data, network, optimiser
     train, query, gallery = common.load(args.data, args.root, args.batch_size)
@@ -216,8 +219,7 @@ def train_stage(args, out, folder=None):
         features = common.extract_features(teacher if epoch < 0 else model, images)  # (3, N, D)
 
         # ---- 2 pseudo labels
-        centred = (torch.stack([common.centre_cameras(view, cams) for view in features])
-                   if from_scratch else features)  # N2
+        centred = common.centre_cameras(features, cams) if from_scratch else features  # N2
         if args.true_ids:
             labels = common.renumber(train.pids)                                  # (N,)
         else:
@@ -226,7 +228,7 @@ def train_stage(args, out, folder=None):
                                    instead=labels if args.on_collapse == "skip" else None)
 
         # ---- 4 memories
-        memory = torch.stack([common.cluster_means(view, labels) for view in features])  # (3, C, D)
+        memory = common.cluster_means(features, labels)                           # (3, C, D)
         y = torch.from_numpy(labels).to(device)
 
         # ---- 5 batches of P clusters x K images
@@ -239,7 +241,8 @@ def train_stage(args, out, folder=None):
                                    jitter=.5 if from_scratch else 0)
             chunks = batch.chunk(args.bn_splits)
             f = torch.cat([model(chunk) for chunk in chunks], 1)                  # (3, B, D)
-            k = y[common.send(index, device)]                                     # (B,)
+            index = common.send(index, device)
+            k = y[index]                                                          # (B,)
             D_g = D_u = D_d = 0
 
             # 5b similarity to clusters
@@ -263,8 +266,8 @@ def train_stage(args, out, folder=None):
 
             # 5g memories follow the batch
             if epoch >= 0:
-                for view in range(3):
-                    common.update_memory(memory[view], f[view].detach(), k, args.momentum,
+                for v in range(3):
+                    common.update_memory(memory[v], f[v].detach(), k, args.momentum,
                                          args.num_instances)
             means.add(L_g=L_g, L_u=L_u, L_d=L_d, D_g=D_g, D_u=D_u, D_d=D_d)
 

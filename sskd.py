@@ -22,8 +22,8 @@ authors' released code)
     5d L_ms: similarities within the batch [code]        multi_similarity_loss N1
     5e L_nuc: predictions sure and varied [code]         nuclear_norm_loss N1
     5f L = id L_id + soft L_soft + ms L_ms + nuc L_nuc [code], optimiser step
-    5g slow copies follow: E <- alpha_t E + (1 - alpha_t) M, alpha_t = min(1 - 1/(t+1), alpha)
-       [code]                                            follow
+    5g slow copies and their classifiers follow: E <- alpha_t E + (1 - alpha_t) M,
+       alpha_t = min(1 - 1/(t+1), alpha) [code]          follow
   6 report, evaluate, save                       common.label_quality, evaluate, Log.epoch
 Symbols: z = <unit feature, row of the classifier> / tau, tau --temp; k = y(i) cluster; n --nets;
   alpha --alpha; rho --rho; t steps since the start, from 0; id, soft, ms, nuc: their flags
@@ -31,15 +31,15 @@ Differences from the code
   D1 classifiers are made new for each epoch's clusters; there wider ones use their first C outputs
   D2 backward runs network by network: same gradients, a third of the activations
   D3 E_1 of the last epoch is the result, a single network
-  D4 on the toy domains tau .1, rho .015, a cosine for lr, and alpha .9, the one chosen by scores
-     (README); the code has no tau (1), 1.6e-3, a constant lr, .999
+  D4 on the toy domains tau .1 (there none, 1), rho .015 (1.6e-3), lr along a cosine (constant),
+     alpha .9 (.999); only alpha was chosen by scores (README)
 Not said in paper or code, chosen here
   N1 whether L_ms and L_nuc are the paper's too we do not know: --ms 0 --nuc 0
   N2 --weights none adds what no paper claims: colour jitter on the target, and features centred
      per camera before clustering and before soft labels, by classifiers whose rows are centred
      too and stay for the epoch; any other --weights has none of them
 Run
-  python sskd.py                                     toy domains, 2 CPU cores: 204 s, 76 mAP
+  python sskd.py                                     toy domains, 2 CPU cores: 218 s, 76 mAP
   python sskd.py --source msmt17 --data market1501   one GPU of 16 GB: not measured
 """
 
@@ -66,7 +66,7 @@ SETTINGS = {  # the flags' defaults per data set
 SETTINGS["toy-source"] = dict(SETTINGS["toy"], source="toy")
 SETTINGS["msmt17"] = dict(SETTINGS["market1501"], source="market1501")
 WEIGHT_DECAY = 5e-4
-SMOOTHING = .1  # of L_id: this share of a hard label is spread over all classes
+SMOOTHING = .1  # this share of a hard label, of L_id and on the source, is spread over all classes
 SOURCE_FLAGS = ("source", "data", "arch", "weights", "size", "source_epochs", "source_iters",
                 "batch_size", "num_instances", "lr", "bn_splits", "temp", "seed", "fp32",
                 "bf16")
@@ -186,13 +186,13 @@ def forward(model, batch, splits):
     return tuple(torch.cat(part) for part in zip(*chunks))
 
 
-def train_source(args, n, log, source, source_images, images):
-    """Step 0: network M_n learns the people of the labelled source -> last.pt of the log's folder.
+def train_source(args, i, log, source, source_images, images):
+    """Step 0: network M_i learns the people of the labelled source -> last.pt of the log's folder.
 
     L = cross-entropy, smoothed + L_ms + 2 L_nuc, no erasing [code]. `images` of the target only
     pass through, without labels and gradient, so that the batch norms have seen them [code].
     """
-    generator = common.seed_everything((9 * args.seed + n) % 2**32)
+    generator = common.seed_everything((9 * args.seed + i) % 2**32)
     device = common.pick_device(args.device)
     labels = common.renumber(source.pids)
     y = torch.from_numpy(labels).to(device)
@@ -202,14 +202,15 @@ def train_source(args, n, log, source, source_images, images):
                                  weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
     kept = log.restore(len(labels), generator=generator, model=model, classifier=classifier,
                        optimizer=optimizer)
+    P = args.batch_size // args.num_instances  # people of a batch
     model.train()
     for epoch in range(kept.get("epoch", 0), args.source_epochs):
         done, means = epoch / args.source_epochs, common.Means()
         optimizer.param_groups[0]["lr"] = (args.lr * min(1, 8 * done + 8 / args.source_epochs)
                                            * .1 ** ((done >= 1 / 2) + (done >= 7 / 8)))
-        batches = common.pk_batches(labels, source.cams, args.batch_size // args.num_instances,
-                                    args.num_instances, args.source_iters, generator)
-        for index in tqdm(batches, f"source {n}, epoch {epoch + 1}", args.source_iters,
+        batches = common.pk_batches(labels, source.cams, P, args.num_instances, args.source_iters,
+                                    generator)
+        for index in tqdm(batches, f"source {i}, epoch {epoch + 1}", args.source_iters,
                           leave=False):
             batch = common.augment(common.take(source_images, index, device), generator, erase=0)
             f, pooled = forward(model, batch, args.bn_splits)                     # (B, D) each
@@ -224,7 +225,7 @@ def train_source(args, n, log, source, source_images, images):
             with torch.no_grad():
                 forward(model, batch, args.bn_splits)
             means.add(source=loss)
-        log.epoch(f"source {n}, {epoch + 1}", losses=means.values(epoch + 1), epoch=epoch + 1,
+        log.epoch(f"source {i}, {epoch + 1}", losses=means.values(epoch + 1), epoch=epoch + 1,
                   keep=dict(generator=generator, model=model, classifier=classifier,
                             optimizer=optimizer, labels=labels))
 
@@ -243,13 +244,14 @@ def main(argv=None):
     images, query_images, gallery_images = (
         common.read_images(split, *args.size) for split in (train, query, gallery))
     images = common.place(images, device)
-    folders = [os.path.join(args.sources or os.path.join(args.out, "source"), str(n))
-               for n in range(1, args.nets + 1)]
+    folders = [os.path.join(args.sources or os.path.join(args.out, "source"), str(i + 1))
+               for i in range(args.nets)]
+    lacking = [folder for folder in folders if not os.path.exists(os.path.join(folder, "last.pt"))]
     free = [flag for flag in vars(args)
             if flag not in SOURCE_FLAGS or (flag == "seed" and args.sources)]
-    if args.sources and not os.path.exists(os.path.join(folders[0], "last.pt")):
-        raise common.Problem(f"no source network in {folders[0]} (name the folder of some; that of "
-                             "a run OUT is OUT/source)")
+    if args.sources and lacking:
+        raise common.Problem(f"no source network in {lacking[0]} (lower --nets, or name a folder "
+                             "that has all; that of a run OUT is OUT/source)")
     logs = [common.Log(folder, device, args, "source_epochs", free) for folder in folders]
     if not all(log.finished for log in logs):
         source, _, _ = common.load(args.source, args.root, args.batch_size)
@@ -257,9 +259,9 @@ def main(argv=None):
             raise common.Problem(f"--source {args.source}: no person has two images (name a set "
                                  "with labels)")
         source_images = common.place(common.read_images(source, *args.size), device)
-        for n in range(args.nets):
-            if not logs[n].finished:
-                train_source(args, n + 1, logs[n], source, source_images, images)
+        for i in range(args.nets):
+            if not logs[i].finished:
+                train_source(args, i + 1, logs[i], source, source_images, images)
     generator = common.seed_everything(args.seed)  # so trained and found sources give the same run
     students = torch.nn.ModuleList(
         common.load_encoder(os.path.join(folder, "last.pt"))[0].on(device, args)
@@ -295,7 +297,7 @@ def main(argv=None):
         slow_classifiers = [common.cluster_means(centred, labels) for _ in slow]
         camera_mean = common.camera_means(features, cams)                         # (N, D)
         optimizer = torch.optim.Adam([*classifiers, *(p for net in students for p in
-                                                      net.parameters())],
+                                                      net.parameters())], args.lr,
                                      weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
         y = torch.from_numpy(labels).to(device)
 
@@ -305,12 +307,15 @@ def main(argv=None):
         means = common.Means()
         batches = common.pk_batches(labels, cams, P, args.num_instances, args.iters, generator)
         for step, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", args.iters, leave=False)):
-            # 5a augmented views, and what the slow copies say of them
+            # 5a augmented views
             views = [common.augment(common.take(images, index, device), generator,
                                     jitter=.5 if from_scratch else 0)
                      for _ in range(1 if args.shared_view else args.nets)]
             views, index = views * (args.nets // len(views)), common.send(index, device)
-            k, soft = y[index], []                                                # (B,)
+            k = y[index]                                                          # (B,)
+
+            # 5c what the slow copies say of the views
+            soft = []
             for net, classifier, view in zip(slow, slow_classifiers, views):
                 with torch.no_grad():
                     f, _ = forward(net, view, args.bn_splits)                     # (B, D)
@@ -319,16 +324,16 @@ def main(argv=None):
                     soft.append((f @ classifier.T / args.temp).softmax(1))        # (B, C)
 
             optimizer.zero_grad()
-            for n in range(args.nets):
-                f, pooled = forward(students[n], views[n], args.bn_splits)        # (B, D) each
-                z = f @ classifiers[n].T / args.temp                              # (B, C)
+            for i in range(args.nets):
+                f, pooled = forward(students[i], views[i], args.bn_splits)        # (B, D) each
+                z = f @ classifiers[i].T / args.temp                              # (B, C)
                 L_id = L_soft = L_ms = L_nuc = 0
 
                 # 5b-5e hard labels, soft labels of the peer's copy, pairs, predictions
                 if args.id:
                     L_id = F.cross_entropy(z, k, label_smoothing=SMOOTHING)
                 if args.soft:
-                    L_soft = soft_label_loss(z, soft[(n + 1) % args.nets])
+                    L_soft = soft_label_loss(z, soft[(i + 1) % args.nets])
                 if args.ms:
                     L_ms = multi_similarity_loss(pooled, k)
                 if args.nuc:
@@ -345,11 +350,11 @@ def main(argv=None):
 
             # 5g slow copies follow
             t = epoch * args.iters + step
-            alpha = min(1 - 1 / (t + 1), args.alpha)
-            for n in range(args.nets):
-                follow(slow[n].parameters(), students[n].parameters(), alpha)
+            alpha_t = min(1 - 1 / (t + 1), args.alpha)
+            for i in range(args.nets):
+                follow(slow[i].parameters(), students[i].parameters(), alpha_t)
                 if not from_scratch:  # N2: what knows no camera must not follow what does
-                    follow([slow_classifiers[n]], [classifiers[n]], alpha)
+                    follow([slow_classifiers[i]], [classifiers[i]], alpha_t)
 
         # ---- 6 report, evaluate, save
         losses, last = means.values(epoch + 1), epoch + 1 == args.epochs

@@ -159,6 +159,14 @@ def test_the_student_round_by_round(both, tiny, tmp_path, monkeypatch):
     assert extracted == [True] * 4 + [False] + [True] * 2 + [True] * 3 + [True] * 2
 
 
+def test_both_stages_start_from_the_same_network(tiny, tmp_path, monkeypatch):
+    first = []
+    monkeypatch.setattr(common, "warm_up", lambda model, *args: first.append(
+        {key: value.clone() for key, value in model.state_dict().items()}))
+    mskd.main(short(tiny, tmp_path, "--true-ids"))
+    assert len(first) == 2 and all(torch.equal(first[0][key], first[1][key]) for key in first[0])
+
+
 @pytest.mark.parametrize("mode", ["batch", "running"])
 def test_no_step_changes_the_teacher(mode, both, tiny, tmp_path, monkeypatch):
     kept = []

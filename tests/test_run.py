@@ -118,6 +118,13 @@ def test_bad_data(tmp_path, capsys):
     refuse(*few, says="train split holds no images")
 
 
+def test_a_refinement_that_leaves_too_few_clusters(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ccsd, "RECLUSTER_EPS", 0)
+    flags = ["--refine", "recluster", "--on-collapse", "skip"]  # not a collapse of the clustering
+    line = refusal(lambda: ccsd.main(short(tiny, tmp_path, *flags)), capsys)
+    assert re.match(r"--refine recluster leaves \d clusters, and a batch needs 4 ", line), line
+
+
 def test_taken_folder_and_foreign_checkpoints(finished, tiny, tmp_path, capsys):
     out, _ = finished
     before = {name: (out / name).read_bytes() for name in os.listdir(out)}

@@ -339,10 +339,12 @@ def test_pairs_that_are_refused(finished, tiny, other, tmp_path, capsys):
     (tmp_path / "half" / "1").mkdir(parents=True)
     whole = (sources / "1" / "last.pt").read_bytes()
     (tmp_path / "half" / "1" / "last.pt").write_bytes(whole[:4000])
-    refuse("--sources", tmp_path / "half", says=[os.path.join("half", "1"), "last.pt"])
+    lower = ["--sources", tmp_path / "half", "--nets", "1"]
+    refuse(*lower, says=[os.path.join("half", "1"), "last.pt"])
     state = common.load_checkpoint(str(sources / "1" / "last.pt"))
     common.save_checkpoint(str(tmp_path / "half" / "1" / "last.pt"), **{**state, "epoch": 1})
-    refuse("--sources", tmp_path / "half", says=["stopped after epoch 1 of 2", "--resume"])
+    refuse(*lower, says=["stopped after epoch 1 of 2", "--resume"])
+    refuse(*lower[:2], says=["no source network in", os.path.join("half", "2"), "lower --nets"])
     shutil.copytree(sources, tmp_path / "out" / "source", dirs_exist_ok=True)
     refuse("--seed", "1", says=["--seed 0, now 1"])                # the run's own are of its seed
 

@@ -136,6 +136,7 @@ def test_resume_needs_the_same_images(tmp_path, capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_name_the_command_that_goes_on(number, tiny, other, tmp_path):
     """That command, run as it was printed, ends like a run that was never stopped."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else ignored in a background job
     out = tmp_path / "a b"                                         # a name that needs quotes
     argv = [sys.executable, os.path.join(HERE, "ccsd.py"),
             *words("ccsd", tiny, other, out, "--epochs", "12")]
@@ -440,7 +441,7 @@ def test_a_checkpoint_does_not_say_where_to_draw(tmp_path, capsys):
     model = common.Encoder("small", "none")
     common.save_checkpoint(str(tmp_path / "last.pt"), model=model.state_dict(), arch="small",
                            parts=0, pooling="gem", size=(64, 32), data="toy", epoch=1, epochs=1,
-                           root=str(tmp_path / "elsewhere"))
+                           bf16=False, fp32=False, root=str(tmp_path / "elsewhere"))
     import eval as scoring
     says = refusal(lambda: scoring.main([str(tmp_path)]), capsys)
     assert "--root" in says and not (tmp_path / "elsewhere").exists()
