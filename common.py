@@ -143,7 +143,7 @@ def run(main, resume="--resume"):
               f"with: python {words}", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:  # torch raises the latter for main memory too
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
             raise
         message = "out of memory (lower --batch-size or --size, or choose a smaller --arch)"
     line = " ".join(str(message).splitlines())  # a file's name may hold anything
@@ -158,15 +158,15 @@ class Split(NamedTuple):
     """N images: where they lie, who is on them, which camera took them."""
 
     paths: list       # N file names
-    pids: np.ndarray  # (N,) int64 person ids; of training images for label_quality, --true-ids only
+    pids: np.ndarray  # (N,) int64 person ids; of unlabelled images for label_quality, --true-ids
     cams: np.ndarray  # (N,) int64 cameras 0..V-1
 
 
 class Facts(NamedTuple):
     """The published counts of a data set, so that half a download is noticed."""
 
-    folders: tuple  # names of the official folder
-    counts: tuple   # images of train, query, gallery without junk; None where releases differ
+    folders: tuple = ()                 # names of the official folder
+    counts: tuple = (None, None, None)  # images of KINDS without junk; None where releases differ
 
 
 DATASETS = {
@@ -176,9 +176,10 @@ DATASETS = {
     "personx": Facts(("PersonX", "subset1"), (9840, 5136, 30816)),
     "veri776": Facts(("VeRi",), (37778, 1678, 11579)),
     "dukemtmc": Facts(("DukeMTMC-reID",), (16522, 2228, 17661)),  # withdrawn in 2019, see README
-    "toy": Facts((), (None, None, None)),         # drawn by make_toy on first use
-    "toy-source": Facts((), (None, None, None)),  # the second domain, other people, other cameras
+    "toy": Facts(),         # drawn by make_toy on first use
+    "toy-source": Facts(),  # the second domain, other people, other cameras
 }
+KINDS = ("train", "query", "gallery")
 TRIPLES = (("bounding_box_train", "query", "bounding_box_test"),
            ("image_train", "image_query", "image_test"))
 SUFFIXES, FORMATS = (".jpg", ".jpeg", ".png", ".bmp"), ("JPEG", "PNG", "BMP")
@@ -190,10 +191,11 @@ def load(name, root="data", at_least=1, draw=True):
     `name` is a key of DATASETS, looked for in root/name, root/name/<official folder>,
     root/<official folder> and root, or any folder that holds one of TRIPLES. A file name starts
     with the person and the camera, 0002_c1...: person -1 is junk and dropped, person 0 is a
-    distractor, in no query, and so a wrong answer wherever it is ranked. Cameras are renumbered
-    0..V-1 over all splits. The toy sets are drawn on first use, unless `draw` is False. Raises
-    Problem for a missing folder, an empty split, less than `at_least` training images (a batch), a
-    name that does not parse or a link that leaves the folder.
+    distractor, in no query, and so a wrong answer wherever it is ranked (in MSMT17's lists, a
+    person like any other). Cameras are renumbered 0..V-1 over all splits. The toy sets are drawn on
+    first use, unless `draw` is False. Raises Problem for a missing folder, an empty split, less
+    than `at_least` training images (a batch), a name that does not parse or a link that leaves the
+    folder.
 
     A `name` that ends in :source or :target is one half of a data set, to try domain adaptation
     with a single one: of the training people, shuffled with seed 0, the first half in the first
@@ -203,13 +205,10 @@ def load(name, root="data", at_least=1, draw=True):
     name, half = name.rsplit(":", 1) if name.endswith((":source", ":target")) else (name, None)
     if draw and name in ("toy", "toy-source") and not os.path.isdir(os.path.join(root, name)):
         make_toy(os.path.join(root, name), domain=name)
+    facts, folders = DATASETS.get(name, Facts()), [name]
     if name in DATASETS:
-        facts = DATASETS[name]
-        folders = [os.path.join(root, name)]
-        folders += [os.path.join(*p, f) for f in facts.folders for p in ((root, name), (root,))]
-        folders.append(root)
-    else:
-        facts, folders = None, [name]
+        official = [os.path.join(*p, f) for f in facts.folders for p in ((root, name), (root,))]
+        folders = [os.path.join(root, name), *official, root]
     for folder in folders:
         for parts in TRIPLES:
             if all(os.path.isdir(os.path.join(folder, part)) for part in parts):
@@ -217,7 +216,7 @@ def load(name, root="data", at_least=1, draw=True):
                 return _finish(name, folder, raw, facts, at_least, half)
         if os.path.isfile(os.path.join(folder, "list_train.txt")):
             return _finish(name, folder, _read_msmt_lists(folder), facts, at_least, half)
-    known = "" if facts else f"; a name can be a folder or one of {', '.join(DATASETS)}"
+    known = "" if name in DATASETS else f"; a name can be a folder or one of {', '.join(DATASETS)}"
     raise Problem(f"data set {name!r} not found: no folder with {', '.join(TRIPLES[0])} in "
                   f"{', '.join(folders)} (put it there or say --root{known})")
 
@@ -225,7 +224,11 @@ def load(name, root="data", at_least=1, draw=True):
 def _read_folder(folder):
     """-> list of (path, person, camera), sorted by name; every file must parse."""
     rows, wrong = [], []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise Problem(f"{folder} cannot be read: {error} (change its rights)") from error
+    for entry in entries:
         name = entry.name
         if name.startswith(".") or name in ("Thumbs.db", "desktop.ini", "__MACOSX"):
             continue
@@ -267,8 +270,7 @@ def _read_msmt_lists(folder):
 def _finish(name, folder, raw, facts, at_least, half):
     """Drop junk, compare with the published counts, take a half, renumber cameras."""
     raw = [[row for row in rows if row[1] != -1] for rows in raw]
-    for kind, rows, count in zip(("train", "query", "gallery"), raw,
-                                 facts.counts if facts else (None,) * 3):
+    for kind, rows, count in zip(KINDS, raw, facts.counts):
         if count is not None and rows and len(rows) != count:
             print(f"warning: {name} {kind}: {len(rows):,} images in {folder}, {count:,} published",
                   file=sys.stderr)
@@ -281,7 +283,7 @@ def _finish(name, folder, raw, facts, at_least, half):
         cameras = set(cameras[:v] if half == "source" else cameras[v:])
         raw[0] = [row for row in raw[0] if row[1] in people]
         raw = [[row for row in rows if row[2] in cameras] for rows in raw]
-    for kind, rows in zip(("train", "query", "gallery"), raw):
+    for kind, rows in zip(KINDS, raw):
         if not rows:
             raise Problem(f"{folder}: the {kind} split holds no images (is the download complete?)")
         if any(not 0 <= person < 10**9 for _, person, _ in rows):
@@ -299,7 +301,7 @@ def _finish(name, folder, raw, facts, at_least, half):
               for rows in raw]
     print(f"{name}: {folder}, {len(cameras)} cameras; " + ", ".join(
         f"{kind} {len(split.paths):,} images of {len(set(split.pids.tolist())):,}"
-        for kind, split in zip(("train", "query", "gallery"), splits)) + " ids", file=sys.stderr)
+        for kind, split in zip(KINDS, splits)) + " ids", file=sys.stderr)
     return splits
 
 
@@ -339,7 +341,7 @@ FRONT, SIDE, BACK = range(3)
 
 
 def make_toy(root, seed=1, domain="toy"):
-    """Draw a toy data set in Market-1501's layout into the new folder `root` (about 2,300 JPEGs).
+    """Draw a toy data set in Market-1501's layout into the new folder `root` (2,217 JPEGs).
 
     Two domains: "toy" has 5 very different cameras, "toy-source" 4 milder ones and other people.
     Equal arguments give equal pixels. The folder appears only when it is complete.
@@ -398,9 +400,10 @@ def toy_looks(rng):
                     value * rng.uniform(.85, 1.1))
     upper, upper2 = rng.permutation(len(CLOTHES))[:2]
     return dict(
-        skin=SKINS[rng.integers(4)], hair=HAIRS[rng.integers(6)], long_hair=rng.random() < .4,
-        upper=cloth(upper), upper2=cloth(upper2), lower=cloth(rng.integers(13)),
-        shoes=cloth(rng.integers(13)), bag_colour=cloth(rng.integers(13)),
+        skin=SKINS[rng.integers(len(SKINS))], hair=HAIRS[rng.integers(len(HAIRS))],
+        long_hair=rng.random() < .4,
+        upper=cloth(upper), upper2=cloth(upper2), lower=cloth(rng.integers(len(CLOTHES))),
+        shoes=cloth(rng.integers(len(CLOTHES))), bag_colour=cloth(rng.integers(len(CLOTHES))),
         pattern=rng.choice(
             ["plain", "plain", "rows", "columns", "check", "half", "logo", "jacket"]),
         sleeves=rng.random() < .5, legs=rng.choice(["trousers", "trousers", "shorts", "skirt"]),
@@ -571,10 +574,7 @@ def read_images(split, height, width):
 
     Market-1501's training set takes 1.27 GB at 256 x 128. Raises Problem naming an unreadable file.
     """
-    try:
-        images = torch.empty(len(split.paths), 3, height, width, dtype=torch.uint8)
-    except RuntimeError as error:
-        raise Problem(f"no memory for {len(split.paths):,} images of {height} x {width}") from error
+    images = torch.empty(len(split.paths), 3, height, width, dtype=torch.uint8)
 
     def read(i):
         try:
@@ -667,8 +667,8 @@ def pk_batches(labels, cams, p, k, iters, generator):
     """
     members = [np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0])]
     if len(members) < p:
-        raise Problem(f"{len(members)} clusters are fewer than the {p} of a batch (lower "
-                      f"--batch-size to at most {len(members) * k}, or change --eps)")
+        raise Problem(f"{len(members)} clusters or people are fewer than the {p} of a batch (lower "
+                      f"--batch-size to at most {len(members) * k}; of clusters, change --eps)")
     order = []
     for _ in range(iters):
         if len(order) < p:
@@ -712,7 +712,7 @@ class InstanceBatchNorm(nn.Module):
         self.batch = nn.BatchNorm2d(width - width // 2)
 
     def forward(self, x):
-        a, b = x.split([x.shape[1] // 2, x.shape[1] - x.shape[1] // 2], 1)
+        a, b = x.split([self.instance.num_features, self.batch.num_features], 1)
         return torch.cat([self.instance(a), self.batch(b)], 1)
 
 
@@ -737,15 +737,14 @@ class SmallBlock(nn.Module):
 def statistics_once(model):
     """Inside, batch norms use the batch's statistics and do not move their own a second time."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum = 0.
+        norm.momentum, norm.num_batches_tracked = 0., None
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, before):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+        for norm, kept in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = kept
 
 
 class Encoder(nn.Module):
@@ -756,8 +755,8 @@ class Encoder(nn.Module):
     pooling ("gem" or "avg") and a batch-norm neck without shift (Luo et al., CVPRW 2019). With
     `parts`, the map is also cut into that many stripes from top to bottom, each with its own
     pooling and neck. pooled=True: a pair, the features and what the pooling gives, before the neck.
-    weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a file in
-    torchvision's format. Raises Problem for weights that cannot be had or do not fit.
+    weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a file in torchvision's format.
+    Raises Problem for weights that cannot be had or do not fit.
     Set bf16 = True for a backbone in bfloat16 (autocast), recompute = True for activations that are
     not kept but computed again when the gradient needs them (Chen et al., arXiv 1604.06174).
     """
@@ -783,11 +782,10 @@ class Encoder(nn.Module):
                     self.backbone.add_module(name, module)
         else:
             raise Problem(f"--arch {arch} is unknown (one of {', '.join(ARCHS)})")
-        self.pooling = pooling
         self.width = {"small": 256, "resnet18-layer3": 256, "resnet50": 2048}.get(arch, 512)
         pool = {"gem": GeM,
                 "avg": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())}[pooling]
-        self.parts = parts
+        self.parts, self.pooling = parts, pooling
         self.pools = nn.ModuleList(pool() for _ in range(1 + parts))
         self.necks = nn.ModuleList(nn.BatchNorm1d(self.width) for _ in range(1 + parts))
         for neck in self.necks:
@@ -807,14 +805,14 @@ class Encoder(nn.Module):
                 state = torch.hub.load_state_dict_from_url(url, map_location="cpu",
                                                            weights_only=True)
             except (OSError, RuntimeError) as error:
-                place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-                raise Problem(f"cannot download {url} ({error}): put the file at {place}, or say "
+                path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+                raise Problem(f"cannot download {url} ({error}): put the file at {path}, or say "
                               "--weights FILE or --weights none") from error
         else:
             state = load_checkpoint(weights, ("conv1.weight",))
-        missing = [k for k in self.backbone.state_dict()
-                   if k not in state and "num_batches" not in k]
-        wanted = {k: v for k, v in state.items() if k in self.backbone.state_dict()}
+        ours = self.backbone.state_dict()
+        missing = [k for k in ours if k not in state and "num_batches" not in k]
+        wanted = {k: v for k, v in state.items() if k in ours}
         cut = ("fc.", "layer4.") if arch.endswith("-layer3") else ("fc.",)
         extra = [k for k in state if k not in wanted and not str(k).startswith(cut)]
         if missing or extra:
@@ -849,9 +847,8 @@ class Encoder(nn.Module):
         views = [last, *(last.chunk(self.parts, 2) if self.parts else ())]
         before = [pool(view) for view, pool in zip(views, self.pools)]            # (B, D) each
         features = [F.normalize(neck(view)) for view, neck in zip(before, self.necks)]
-        features, before = (torch.stack(views) if self.parts else views[0]
-                            for views in (features, before))
-        return (features, before) if pooled else features
+        join = torch.stack if self.parts else lambda its: its[0]
+        return (join(features), join(before)) if pooled else join(features)
 
 
 def warm_up(model, images, cams, generator, epochs=4, batch_size=96, lr=1e-3, temp=.1, jitter=.6):
@@ -896,8 +893,8 @@ def extract_features(model, images, batch_size=256):
     by one, so the images need not fit on the device."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
-    parts = tqdm(images.split(batch_size), "extracting features", leave=False)
-    features = torch.cat([model(normalise(send(part, device))).float() for part in parts], -2)
+    batches = tqdm(images.split(batch_size), "extracting features", leave=False)
+    features = torch.cat([model(normalise(send(batch, device))) for batch in batches], -2)
     model.train(training)
     return features
 
@@ -936,8 +933,8 @@ def nearest(features, k, block=512):
         length = 1.01 * features.norm(dim=1).max()
         bound = (error + error.max() + features.shape[1] * 2 ** -24 * length) * length  # (N,)
         some = features.new_empty(2 * k, features.shape[1])
-    for start in tqdm(range(0, n, block), "nearest neighbours", leave=False):
-        rows = torch.arange(start, min(start + block, n), device=features.device)
+    blocks = torch.arange(n, device=features.device).split(block)
+    for rows in tqdm(blocks, "nearest neighbours", leave=False):
         if rough is None:
             ranks.append(_nearest_exact(features, rows, k).cpu())
             continue
@@ -981,10 +978,9 @@ def _bf16_pays(features):
 
 def _neighbours(rank, k):
     """(N, K) ranking -> sparse 0/1 matrix (N, N) of the first k columns."""
-    k = min(k, rank.shape[1])
-    indptr = np.arange(0, len(rank) * k + 1, k)
-    return csr_array((np.ones(len(rank) * k, np.float32), rank[:, :k].ravel(), indptr),
-                     (len(rank), len(rank)))
+    first = rank[:, :k]
+    indptr = np.arange(0, first.size + 1, first.shape[1])
+    return csr_array((np.ones(first.size, np.float32), first.ravel(), indptr), (len(rank),) * 2)
 
 
 def per_entry(values, matrix):
@@ -1003,12 +999,12 @@ def reciprocal_vectors(features, rank, k1, k2, weigh):
     """
     def mutual(k):
         graph = _neighbours(rank, k)
-        return graph.multiply(graph.T).tocsr()
+        return graph.multiply(graph.T)
     wide, close = mutual(k1 + 1), mutual(round(k1 / 2) + 1)
-    shared = (wide @ close.T).multiply(wide).tocsr()     # |R(c, k1/2) in R(i, k1)|, c in R(i, k1)
+    shared = (wide @ close.T).multiply(wide)             # |R(c, k1/2) in R(i, k1)|, c in R(i, k1)
     shared.data = (3 * shared.data > 2 * np.diff(close.indptr)[shared.indices]).astype(np.float32)
     shared.eliminate_zeros()
-    vectors = (wide + shared @ close).tocsr()
+    vectors = wide + shared @ close
     vectors.sort_indices()
     row = per_entry(np.arange(len(rank)), vectors)
     cosine = np.empty(vectors.nnz, np.float32)
@@ -1039,7 +1035,7 @@ def overlaps(vectors, others, block=256):
         pairs.data = np.minimum(pairs.data, per_entry(mine.data, pairs))
         gather = csr_array((np.ones_like(mine.data), np.arange(mine.nnz), mine.indptr),
                            (mine.shape[0], mine.nnz))
-        yield (gather @ pairs).tocsr()
+        yield gather @ pairs
 
 
 def jaccard_distance(features, k1=30, k2=6, max_distance=1.):
@@ -1089,13 +1085,13 @@ def dbscan(distance, eps, min_samples=4, at_least=2, instead=None):
                   "imagenet), bring --k1 near the images per person, or say --on-collapse skip")
 
 
-# ========================================================================== memory and its quality
+# ==================================================================== labels, their quality, memory
 
 
 def renumber(labels):
     """(N,) labels with gaps -> 0..C-1 in the same order; -1 stays."""
     values, new = np.unique(labels, return_inverse=True)
-    return new.ravel() - (values[0] == -1)
+    return new - (values[0] == -1)
 
 
 def cluster_means(features, labels):
@@ -1132,10 +1128,10 @@ def label_quality(labels, pids):
     inside = labels >= 0
     alone = np.where(inside, labels, labels.max() + 1 + np.arange(len(labels)))
     table = metrics.cluster.contingency_matrix(labels[inside], pids[inside], sparse=True)
-    return dict(clusters=len(np.unique(labels[inside])), outliers=int((~inside).sum()),
+    return dict(clusters=table.shape[0], outliers=int((~inside).sum()),
                 ARI=float(metrics.adjusted_rand_score(pids, alone)),
                 NMI=float(metrics.normalized_mutual_info_score(pids, alone)),
-                purity=float(table.max(1).sum() / max(1, inside.sum())))
+                purity=float(table.max(1).sum() / inside.sum()))
 
 
 # ======================================================================================= evaluation
@@ -1144,7 +1140,8 @@ def label_quality(labels, pids):
 def average_precision(hits):
     """Boolean array, best-ranked first -> mean over the hits of the precision at their rank.
 
-    Not interpolated: hits at ranks 1, 2, 4, 7 give 0.8304 (the Matlab trapezoid gives 0.8110).
+    Not interpolated: hits at ranks 1, 2, 4, 7 give 0.8304 (the Matlab trapezoid gives 0.8110). The
+    definition; score_ranking counts the same for many queries at once, and tests compare the two.
     """
     ranks = np.flatnonzero(hits) + 1
     return float(np.mean(np.arange(1, len(ranks) + 1) / ranks)) if len(ranks) else 0.
@@ -1302,9 +1299,8 @@ class Log:
                               "last.pt)")
             if state:
                 self._mend(state)
-        self.state, self.finished = state, None
-        if state and state["epoch"] == total:
-            self.finished = state
+        self.state, self.finished = state, state if state and state["epoch"] == total else None
+        if self.finished:
             print(f"{folder}: finished before, nothing to do")
 
     def _read_state(self):
@@ -1316,14 +1312,13 @@ class Log:
         flags = [flag for flag in vars(self.args) if flag not in
                  {*self.free, "out", "root", "device", "eval_every", "resume", "on_collapse",
                   "recompute"}]
-        state = load_checkpoint(path, ("epoch", "scores", "line", "seconds", "images", *flags))
-        now, kinds = vars(self.args), dict(epoch=int, scores=dict, line=str, seconds=float)
-        if not (all(type(state[key]) is kind for key, kind in kinds.items())
-                and state["epoch"] in range(state[self.epochs] + 1)):
+        now, state = vars(self.args), load_checkpoint(
+            path, ("images", *flags), epoch=int, scores=dict, line=str, seconds=float)
+        if state["epoch"] not in range(state[self.epochs] + 1):
             raise Problem(f"{path} was not written by these pages (choose another --out)")
         other = [f"--{flag.replace('_', '-')} {state[flag]}, now {now[flag]}" for flag in flags
                  if state[flag] != now[flag]
-                 and not (flag == self.epochs and state["epoch"] <= now[flag])]
+                 and not (flag == self.epochs and state[flag] <= now[flag])]
         if other:
             raise Problem(f"{path} is of a run with other flags: {'; '.join(other)} (say the same, "
                           "choose another --out, or delete that file alone)")
@@ -1335,7 +1330,7 @@ class Log:
         try:
             os.makedirs(self.folder, exist_ok=True)
             self.file = open(self.path, "ab", buffering=0)
-            same = os.fstat(self.file.fileno()).st_ino  # by whatever name
+            same = os.fstat(self.file.fileno())[1:3]  # inode and device, by whatever name
             if same in OPEN_LOGS:
                 OPEN_LOGS.pop(same).close()
             OPEN_LOGS[same] = self.file
@@ -1388,12 +1383,14 @@ class Log:
         epoch() was told to keep; {} in a new run. Raises Problem when a part does not fit or the
         number of training images is another.
         """
-        state, self.state = self.state or {}, None
-        if state and state["images"] != images:
+        state, self.state = self.state, None
+        if not state:
+            return {}
+        if state["images"] != images:
             raise Problem(f"{self.folder} is of a run on {state['images']} training images, now "
                           f"there are {images} (restore the data set, or choose another --out)")
         try:
-            for name, part in parts.items() if state else ():
+            for name, part in parts.items():
                 load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
                 load(state.pop(name))
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -1402,7 +1399,7 @@ class Log:
         return {key: value.numpy() if torch.is_tensor(value) else value
                 for key, value in state.items()}
 
-    def epoch(self, title, labels=None, losses=None, scores=None, keep=None, **more):
+    def epoch(self, title, quality=None, losses=None, scores=None, keep=None, **more):
         """One line a person can read, one line of JSON; empty groups are left out.
 
         keep: dict of what --resume and eval.py need, `model` and `labels` among it: modules,
@@ -1412,14 +1409,14 @@ class Log:
         """
         seconds = time.time() - self.start
         text = [f"{title:>12}"]
-        if labels:
-            text.append(f"{labels['clusters']:5d} clusters {labels['outliers']:6d} outliers  ARI "
-                        f"{labels['ARI']:.3f}  purity {labels['purity']:.3f}")
+        if quality:
+            text.append(f"{quality['clusters']:5d} clusters {quality['outliers']:6d} outliers  ARI "
+                        f"{quality['ARI']:.3f}  purity {quality['purity']:.3f}")
         if losses:
             text.append("  ".join(f"{name} {value:6.3f}" for name, value in losses.items()))
         if scores:
             text.append(f"mAP {100 * scores['mAP']:5.1f}  R1 {100 * scores['rank1']:5.1f}")
-        line = json.dumps(dict(title=title, **more, **(labels or {}), **(losses or {}),
+        line = json.dumps(dict(title=title, **more, **(quality or {}), **(losses or {}),
                                **(scores or {}), seconds=round(seconds, 2)))
         if keep:
             model, state = keep["model"], {}
@@ -1435,7 +1432,7 @@ class Log:
                             images=len(keep["labels"]), scores=scores or {}, line=line,
                             seconds=seconds)
         top = f"{self.header}\n" if self.header else ""  # a new run replaces what failed before
-        self._append(f"{top}{line}\n".encode(), 0 if top else os.path.getsize(self.path))
+        self._append(f"{top}{line}\n".encode(), 0 if top else self.file.seek(0, os.SEEK_END))
         self.header = None
         try:
             tqdm.write(" | ".join(text) + f" | {seconds:6.0f} s", file=sys.stdout)
@@ -1461,8 +1458,9 @@ def save_checkpoint(path, **state):
             os.remove(draft)
 
 
-def load_checkpoint(path, keys=()):
-    """Read what save_checkpoint wrote, never executing anything in it. Problem if it lacks keys."""
+def load_checkpoint(path, keys=(), **kinds):
+    """Read what save_checkpoint wrote, never executing anything in it. Raises Problem if it lacks
+    `keys`, or values of `kinds`: key=type."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -1473,10 +1471,12 @@ def load_checkpoint(path, keys=()):
     except Exception as error:  # torch raises many kinds here; each means a file of no use
         raise Problem(f"{path} is no checkpoint of tensors and plain values, so it is not read "
                       f"({type(error).__name__}; choose another file)") from error
-    missing = [key for key in keys if not isinstance(state, dict) or key not in state]
+    missing = [k for k in (*keys, *kinds) if not isinstance(state, dict) or k not in state]
     if missing:
         raise Problem(f"{path} is a file of another kind: it has no {', '.join(missing[:5])} "
                       "(choose another file, or another --out)")
+    if not all(isinstance(state[key], kind) for key, kind in kinds.items()):
+        raise Problem(f"{path} was not written by these pages (choose another file, or --out)")
     return state
 
 
@@ -1485,20 +1485,16 @@ def load_encoder(path):
 
     Raises Problem for a file that is none, or whose weights do not fit the architecture it names.
     """
-    state = load_checkpoint(path, ("model", "arch", "parts", "pooling", "size", "data", "root",
-                                   "epoch", "epochs", "bf16", "fp32"))
-    size = state["size"]
+    state = load_checkpoint(path, model=dict, arch=str, parts=int, pooling=str, size=tuple,
+                            data=str, root=str, epoch=int, epochs=int, bf16=bool, fp32=bool)
     if not (state["parts"] in range(9) and state["pooling"] in ("gem", "avg")
-            and isinstance(state["model"], dict) and isinstance(state["data"], str)
-            and isinstance(state["root"], str) and isinstance(size, (tuple, list))
-            and isinstance(state["epoch"], int) and isinstance(state["epochs"], int)
-            and type(state["bf16"]) is type(state["fp32"]) is bool
-            and len(size) == 2 and all(side in range(32, 2049) for side in size)):
+            and len(state["size"]) == 2
+            and all(type(side) is int and 32 <= side <= 2048 for side in state["size"])):
         raise Problem(f"{path} was not written by these pages (choose another file)")
     model = Encoder(state["arch"], "none", state["parts"], state["pooling"])
     try:
         model.load_state_dict(state["model"])
     except (RuntimeError, AttributeError, TypeError) as error:
-        line = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        line = str(error).splitlines()[:2][-1].strip()
         raise Problem(f"{path} holds no network of --arch {state['arch']}: {line[:200]}") from error
     return model, state

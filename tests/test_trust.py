@@ -125,6 +125,21 @@ def test_resume_refuses_other_flags_and_grows(tiny, tmp_path, capsys):
     assert "--epochs 3, now 2" in says
 
 
+def test_epochs_do_not_shrink_to_where_a_run_stopped(tiny, tmp_path, capsys, monkeypatch):
+    augment, calls = common.augment, iter(range(99))
+
+    def stop(*args, **more):
+        if next(calls) == 11:  # after 8 of the warm-up, and 2 an epoch: in the second epoch
+            raise KeyboardInterrupt
+        return augment(*args, **more)
+    monkeypatch.setattr(common, "augment", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ccsd.main(short(tiny, tmp_path, "--epochs", "3"))
+    assert common.load_checkpoint(str(tmp_path / "last.pt"))["epoch"] == 1
+    says = refusal(lambda: ccsd.main(short(tiny, tmp_path, "--epochs", "1")), capsys)
+    assert "--epochs 3, now 1" in says
+
+
 def test_resume_needs_the_same_images(tmp_path, capsys):
     folder = draw(tmp_path / "d")
     ccsd.main(short(folder, tmp_path / "a", "--epochs", "1"))
@@ -288,6 +303,29 @@ def test_a_folder_takes_one_run_at_a_time(tiny, tmp_path):
         assert done.returncode == 2 and "another process" in done.stderr, done.stderr
     ccsd.main(short(tiny, tmp_path / "a"))                         # of the same process: it goes on
     del log
+
+
+def test_a_log_that_was_deleted_meanwhile_comes_back_on_resume(tiny, tmp_path, monkeypatch):
+    ccsd.main(short(tiny, tmp_path / "whole"))
+    evaluate, folder = common.evaluate, tmp_path / "a"
+
+    def delete(*args):
+        if (folder / "last.pt").exists():
+            (folder / "log.jsonl").unlink()
+        return evaluate(*args)
+    monkeypatch.setattr(common, "evaluate", delete)
+    ccsd.main(short(tiny, folder))
+    assert not (folder / "log.jsonl").exists()
+    ccsd.main(short(tiny, folder, "--resume"))
+    assert losses(folder) == losses(tmp_path / "whole")[-1:]
+
+
+def test_only_a_lack_of_memory_is_called_one(capsys):
+    def wrong():
+        torch.zeros(1).expand(3).add_(torch.ones(3))  # its message has the word, too
+    with pytest.raises(RuntimeError, match="memory"):
+        common.run(wrong)
+    assert "out of memory" in refusal(lambda: torch.empty(2 ** 50), capsys)
 
 
 # -------------------------------------------------------------------- divergence and collapse
