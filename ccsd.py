@@ -78,8 +78,7 @@ def get_args(argv=None):
     add("--base", type=number(float, 0), default=1, help="weight of L_base (%(default)s)")
     add("--intra", type=number(float, 0), default=1, help="weight of L_intra (%(default)s)")
     add("--cross", type=number(float, 0), default=.5, help="a, weight of L_cross (%(default)s)")
-    add("--kd", type=number(float, 0), default=1,
-        help="b, weight of L_kd (%(default)s)")
+    add("--kd", type=number(float, 0), default=1, help="b, weight of L_kd (%(default)s)")
     add("--temp", type=number(float, 1e-3), default=.05, help="tau of L_base (%(default)s / 0.05)")
     add("--momentum", type=number(float, 0, 1), default=.1,
         help="mu, share of a cluster's memory that stays when an image comes (%(default)s / 0.1)")
@@ -222,7 +221,7 @@ def main(argv=None):
     # ---- 0 data, network, optimiser
     train, query, gallery = common.load(args.data, args.root, args.batch_size)
     cams, from_scratch = train.cams, args.weights == "none"
-    P = args.batch_size // args.num_instances  # clusters of a batch
+    P, K = args.batch_size // args.num_instances, args.num_instances  # clusters, images of each
     if args.refine != "none" and cams.max() == cams.min():
         raise common.Problem(f"{args.data}: all training images are of one camera, and CCSD "
                              "compares cameras (--refine none trains plain ClusterContrast)")
@@ -278,7 +277,7 @@ def main(argv=None):
         model.train()
         means, use_groups = common.Means(), args.refine != "none"
         across = epoch >= min(GROUP_START, args.epochs // 4)  # N3, N4
-        batches = common.pk_batches(labels, cams, P, args.num_instances, args.iters, generator)
+        batches = common.pk_batches(labels, cams, P, K, args.iters, generator)
         for step, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", args.iters, leave=False)):
             # 5a features of augmented images
             batch = common.augment(common.take(images, index, device), generator,
@@ -312,11 +311,9 @@ def main(argv=None):
             optimizer.step()
 
             # 5g memories follow the batch
-            common.update_memory(cluster_memory, f.detach(), k, args.momentum,
-                                 args.num_instances)
+            common.update_memory(cluster_memory, f.detach(), k, args.momentum, K)
             if use_groups:
-                common.update_memory(group_memory, f.detach(), group, GROUP_MOMENTUM,
-                                     args.num_instances)
+                common.update_memory(group_memory, f.detach(), group, GROUP_MOMENTUM, K)
             means.add(base=L_base, intra=L_intra, cross=L_cross, kd=L_kd)
 
         # ---- 6 report, evaluate, save

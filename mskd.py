@@ -191,7 +191,7 @@ def train_stage(args, out, folder=None):
     # ---- 0 data, network, optimiser
     train, query, gallery = common.load(args.data, args.root, args.batch_size)
     cams, from_scratch = train.cams, args.weights == "none"
-    P = args.batch_size // args.num_instances  # clusters of a batch
+    P, K = args.batch_size // args.num_instances, args.num_instances  # clusters, images of each
     model = common.Encoder(args.arch, args.weights, parts=2, pooling="gem").on(device, args)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
                                  fused=device.type == "cuda")
@@ -234,7 +234,7 @@ def train_stage(args, out, folder=None):
         # ---- 5 batches of P clusters x K images
         model.train()
         means, iters = common.Means(), args.iters * (2 if epoch < 0 else 1)
-        batches = common.pk_batches(labels, cams, P, args.num_instances, iters, generator)
+        batches = common.pk_batches(labels, cams, P, K, iters, generator)
         for step, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", iters, leave=False)):
             # 5a features of augmented images
             batch = common.augment(common.take(images, index, device), generator,
@@ -267,8 +267,7 @@ def train_stage(args, out, folder=None):
             # 5g memories follow the batch
             if epoch >= 0:
                 for v in range(3):
-                    common.update_memory(memory[v], f[v].detach(), k, args.momentum,
-                                         args.num_instances)
+                    common.update_memory(memory[v], f[v].detach(), k, args.momentum, K)
             means.add(L_g=L_g, L_u=L_u, L_d=L_d, D_g=D_g, D_u=D_u, D_d=D_d)
 
         # ---- 6 report, evaluate, save

@@ -202,14 +202,13 @@ def train_source(args, i, log, source, source_images, images):
                                  weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
     kept = log.restore(len(labels), generator=generator, model=model, classifier=classifier,
                        optimizer=optimizer)
-    P = args.batch_size // args.num_instances  # people of a batch
+    P, K = args.batch_size // args.num_instances, args.num_instances  # people, images of each
     model.train()
     for epoch in range(kept.get("epoch", 0), args.source_epochs):
         done, means = epoch / args.source_epochs, common.Means()
         optimizer.param_groups[0]["lr"] = (args.lr * min(1, 8 * done + 8 / args.source_epochs)
                                            * .1 ** ((done >= 1 / 2) + (done >= 7 / 8)))
-        batches = common.pk_batches(labels, source.cams, P, args.num_instances, args.source_iters,
-                                    generator)
+        batches = common.pk_batches(labels, source.cams, P, K, args.source_iters, generator)
         for index in tqdm(batches, f"source {i}, epoch {epoch + 1}", args.source_iters,
                           leave=False):
             batch = common.augment(common.take(source_images, index, device), generator, erase=0)
@@ -240,7 +239,7 @@ def main(argv=None):
     # ---- 0 data, source networks, slow copies
     train, query, gallery = common.load(args.data, args.root, args.batch_size)
     cams, from_scratch = train.cams, args.weights == "none"
-    P = args.batch_size // args.num_instances  # clusters of a batch
+    P, K = args.batch_size // args.num_instances, args.num_instances  # clusters, images of each
     images, query_images, gallery_images = (
         common.read_images(split, *args.size) for split in (train, query, gallery))
     images = common.place(images, device)
@@ -305,7 +304,7 @@ def main(argv=None):
         for net in (*students, *slow):
             net.train()
         means = common.Means()
-        batches = common.pk_batches(labels, cams, P, args.num_instances, args.iters, generator)
+        batches = common.pk_batches(labels, cams, P, K, args.iters, generator)
         for step, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", args.iters, leave=False)):
             # 5a augmented views
             views = [common.augment(common.take(images, index, device), generator,
