@@ -39,7 +39,7 @@ Not said in paper or code, chosen here
   N2 --weights none adds what no paper claims: a warm-up without labels, colour jitter, and features
      centred per camera before clustering; any other --weights has none of them
 Run
-  python mskd.py                                     toy set, 2 CPU cores: 149 s, 85 mAP
+  python mskd.py                                     toy set, 2 CPU cores: 139 s, 85 mAP
   python mskd.py --data market1501 --root data       one GPU of 24 GB, estimated: not measured
 """
 

@@ -39,7 +39,7 @@ Not said in paper or code, chosen here
      per camera before clustering and before soft labels, by classifiers whose rows are centred
      too and stay for the epoch; any other --weights has none of them
 Run
-  python sskd.py                                     toy domains, 2 CPU cores: 218 s, 76 mAP
+  python sskd.py                                     toy domains, 2 CPU cores: 199 s, 76 mAP
   python sskd.py --source msmt17 --data market1501   one GPU of 16 GB: not measured
 """
 
