@@ -154,7 +154,8 @@ def measure_evaluation(kind, q, g, device):
 STEPS = {  # network, height, width, batch, chunks for batch norm
     "toy": ("small", 96, 48, 64, 1), "paper": ("resnet50", 256, 128, 256, 4),
     "resnet18": ("resnet18", 256, 128, 256, 4)}
-VARIANTS = {  # what to try on a step: flags of the pages, cudnn.benchmark, mode of torch.compile
+VARIANTS = {  # what to try on a step: flags of the pages, cudnn.benchmark, mode of torch.compile;
+    # --fp32 may use TF32 in convolutions, but not in the product that it is compared with
     "as the pages do": {}, "--fp32": dict(fp32=True), "--bf16": dict(bf16=True),
     "--recompute": dict(recompute=True), "cudnn.benchmark": dict(cudnn=True),
     "torch.compile": dict(mode="default"), "compiled, CUDA graphs": dict(mode="reduce-overhead")}
