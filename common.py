@@ -754,7 +754,8 @@ class Encoder(nn.Module):
     ends before the last stage, "small" is a slim ResNet (1.2 M parameters) for the toy set. Then
     pooling ("gem" or "avg") and a batch-norm neck without shift (Luo et al., CVPRW 2019). With
     `parts`, the map is also cut into that many stripes from top to bottom, each with its own
-    pooling and neck. pooled=True: a pair, the features and what the pooling gives, before the neck.
+    pooling and neck. inside=True: a pair instead of the features, what the pooling gives and what
+    the neck makes of it, both before they are brought to unit length.
     weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a file in torchvision's format.
     Raises Problem for weights that cannot be had or do not fit.
     Set bf16 = True for a backbone in bfloat16 (autocast), recompute = True for activations that are
@@ -831,7 +832,7 @@ class Encoder(nn.Module):
         self.bf16 = args.bf16 or (device.type == "cuda" and not args.fp32)
         return self.to(device)
 
-    def forward(self, images, pooled=False):
+    def forward(self, images, inside=False):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             if self.recompute and self.training and torch.is_grad_enabled():
                 last = checkpoint(self.backbone, images, use_reentrant=False,
@@ -845,10 +846,10 @@ class Encoder(nn.Module):
             raise Problem(f"a map of {last.shape[2]} rows cannot be cut into {self.parts} equal "
                           f"stripes (make the height a multiple of {16 * self.parts})")
         views = [last, *(last.chunk(self.parts, 2) if self.parts else ())]
-        before = [pool(view) for view, pool in zip(views, self.pools)]            # (B, D) each
-        features = [F.normalize(neck(view)) for view, neck in zip(before, self.necks)]
+        pooled = [pool(view) for view, pool in zip(views, self.pools)]            # (B, D) each
+        necks = [neck(view) for view, neck in zip(pooled, self.necks)]
         join = torch.stack if self.parts else lambda its: its[0]
-        return (join(features), join(before)) if pooled else join(features)
+        return (join(pooled), join(necks)) if inside else F.normalize(join(necks), dim=-1)
 
 
 def warm_up(model, images, cams, generator, epochs=4, batch_size=96, lr=1e-3, temp=.1, jitter=.6):

@@ -56,7 +56,7 @@ import common
 
 SETTINGS = {  # the flags' defaults per data set
     "toy": dict(source="toy-source", arch="small", weights="none", size=(96, 48), k1=20, rho=.015,
-                alpha=.9, temp=.1, source_epochs=15, source_iters=24, epochs=10, iters=24,
+                alpha=.9, temp=1, source_epochs=15, source_iters=24, epochs=10, iters=24,
                 batch_size=64, num_instances=4, lr=1e-3, lr_drop=0, bn_splits=1,  # D4
                 eval_every=5),
     "market1501": dict(source="msmt17", arch="resnet50", weights="imagenet", size=(256, 128),
@@ -181,9 +181,16 @@ def follow(slow, fast, alpha):
 
 
 def forward(model, batch, splits):
-    """-> features and pooled features (B, D), from `splits` chunks that batch norm sees apart."""
-    chunks = [model(chunk, pooled=True) for chunk in batch.chunk(splits)]
+    """-> pooled features and what the batch-norm neck makes of them, B(x), of any length; (B, D)
+    each, from `splits` chunks that batch norm sees apart."""
+    chunks = [model(chunk, inside=True) for chunk in batch.chunk(splits)]
     return tuple(torch.cat(part) for part in zip(*chunks))
+
+
+def centre(neck, camera_mean):
+    """N2: the camera's mean is taken out of the direction of every B(x), its length stays. (B, D)
+    each; camera_mean: the mean unit feature, by the same network, of the image's camera."""
+    return F.normalize(F.normalize(neck) - camera_mean) * neck.norm(dim=1, keepdim=True)
 
 
 def train_source(args, i, log, source, source_images, images):
@@ -205,24 +212,24 @@ def train_source(args, i, log, source, source_images, images):
     P, K = args.batch_size // args.num_instances, args.num_instances  # people, images of each
     model.train()
     for epoch in range(kept.get("epoch", 0), args.source_epochs):
-        done, means = epoch / args.source_epochs, common.Means()
-        optimizer.param_groups[0]["lr"] = (args.lr * min(1, 8 * done + 8 / args.source_epochs)
+        done, means = (epoch + 1) / args.source_epochs, common.Means()
+        optimizer.param_groups[0]["lr"] = (args.lr * min(1, .01 + .99 * 8 * done)
                                            * .1 ** ((done >= 1 / 2) + (done >= 7 / 8)))
         batches = common.pk_batches(labels, source.cams, P, K, args.source_iters, generator)
         for index in tqdm(batches, f"source {i}, epoch {epoch + 1}", args.source_iters,
                           leave=False):
+            passing = torch.randperm(len(images), generator=generator)[:len(index)]
+            batch = common.augment(common.take(images, passing, device), generator, erase=0)
+            with torch.no_grad():
+                forward(model, batch, args.bn_splits)
             batch = common.augment(common.take(source_images, index, device), generator, erase=0)
-            f, pooled = forward(model, batch, args.bn_splits)                     # (B, D) each
-            z, k = classifier(f) / args.temp, y[common.send(index, device)]       # (B, C), (B,)
+            pooled, neck = forward(model, batch, args.bn_splits)                  # (B, D) each
+            z, k = classifier(neck) / args.temp, y[common.send(index, device)]    # (B, C), (B,)
             loss = (F.cross_entropy(z, k, label_smoothing=SMOOTHING)
                     + multi_similarity_loss(pooled, k) + 2 * nuclear_norm_loss(z))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            passing = torch.randint(len(images), (len(index),), generator=generator)
-            batch = common.augment(common.take(images, passing, device), generator, erase=0)
-            with torch.no_grad():
-                forward(model, batch, args.bn_splits)
             means.add(source=loss)
         log.epoch(f"source {i}, {epoch + 1}", losses=means.values(epoch + 1), epoch=epoch + 1,
                   keep=dict(generator=generator, model=model, classifier=classifier,
@@ -278,10 +285,12 @@ def main(argv=None):
 
     for epoch in range(kept.get("epoch", 0), args.epochs):
         # ---- 1 features: the mean of the slow copies
-        features = F.normalize(sum(common.extract_features(net, images) for net in slow))  # (N, D)
+        each = torch.stack([common.extract_features(net, images) for net in slow])  # (n, N, D)
+        features = F.normalize(each.sum(0))                                       # (N, D)
 
         # ---- 2 pseudo labels
-        centred = common.centre_cameras(features, cams) if from_scratch else features  # N2
+        centred = (F.normalize(common.centre_cameras(each, cams).sum(0)) if from_scratch
+                   else features)  # N2
         if args.true_ids:
             labels, radius = common.renumber(train.pids), 0                       # (N,)
         else:
@@ -294,7 +303,7 @@ def main(argv=None):
         rows = common.cluster_means(features, labels)                             # (C, D)
         classifiers = [rows.clone().requires_grad_() for _ in students]  # D1
         slow_classifiers = [common.cluster_means(centred, labels) for _ in slow]
-        camera_mean = common.camera_means(features, cams)                         # (N, D)
+        camera_mean = common.camera_means(each, cams)                             # (n, N, D)
         optimizer = torch.optim.Adam([*classifiers, *(p for net in students for p in
                                                       net.parameters())], args.lr,
                                      weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
@@ -315,17 +324,20 @@ def main(argv=None):
 
             # 5c what the slow copies say of the views
             soft = []
-            for net, classifier, view in zip(slow, slow_classifiers, views):
+            for i in range(args.nets):
                 with torch.no_grad():
-                    f, _ = forward(net, view, args.bn_splits)                     # (B, D)
+                    _, neck = forward(slow[i], views[i], args.bn_splits)          # (B, D)
                     if from_scratch:
-                        f = F.normalize(f - camera_mean[index])  # N2
-                    soft.append((f @ classifier.T / args.temp).softmax(1))        # (B, C)
+                        neck = centre(neck, camera_mean[i, index])  # N2
+                    soft.append((neck @ slow_classifiers[i].T / args.temp).softmax(1))  # (B, C)
+            both = torch.cat(soft)
+            means.add(entropy=torch.special.entr(both).sum(1).mean(),
+                      own=both.gather(1, k.repeat(args.nets)[:, None]).mean())
 
             optimizer.zero_grad()
             for i in range(args.nets):
-                f, pooled = forward(students[i], views[i], args.bn_splits)        # (B, D) each
-                z = f @ classifiers[i].T / args.temp                              # (B, C)
+                pooled, neck = forward(students[i], views[i], args.bn_splits)     # (B, D) each
+                z = neck @ classifiers[i].T / args.temp                           # (B, C)
                 L_id = L_soft = L_ms = L_nuc = 0
 
                 # 5b-5e hard labels, soft labels of the peer's copy, pairs, predictions
@@ -357,6 +369,8 @@ def main(argv=None):
 
         # ---- 6 report, evaluate, save
         losses, last = means.values(epoch + 1), epoch + 1 == args.epochs
+        losses["soft_clusters"], losses["soft_own"] = (math.exp(losses.pop("entropy")),
+                                                       losses.pop("own"))
         scores = test() if last or (epoch + 1) % args.eval_every == 0 else {}
         log.epoch(f"epoch {epoch + 1}/{args.epochs}", common.label_quality(labels, train.pids),
                   losses, scores, epoch=epoch + 1, eps=radius, keep=dict(

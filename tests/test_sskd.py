@@ -23,7 +23,7 @@ def other(tmp_path_factory):
     return draw(tmp_path_factory.mktemp("data") / "other", train=9, test=2, cameras=2, shots=4)
 
 
-SHORT = ["--source-epochs", "2", "--source-iters", "4", "--temp", ".1", "--batch-size", "6"]
+SHORT = ["--source-epochs", "2", "--source-iters", "4", "--temp", "1.6", "--batch-size", "6"]
 
 
 def pair(other, folder, out, *more):
@@ -196,7 +196,7 @@ def test_views_peers_and_totals(nets, shared, finished, tiny, other, tmp_path, m
     monkeypatch.setattr(torch.Tensor, "backward",
                         lambda x: (total.append(x.item()), backward(x))[1])
     monkeypatch.setattr(common.Means, "add", lambda self, **t: (
-        terms.append({k: v.item() for k, v in t.items()}), add(self, **t))[1])
+        "id" in t and terms.append({k: v.item() for k, v in t.items()}), add(self, **t))[1])
     softmax = torch.Tensor.softmax
 
     def spy_softmax(x, dim):
@@ -238,8 +238,70 @@ def test_the_slow_copy_is_the_result(finished, tiny, other, tmp_path, monkeypatc
     torch.testing.assert_close(weights(tmp_path)["backbone.0.weight"], mean)
 
 
+@pytest.mark.parametrize("term", ["id", "soft", "ms", "nuc"])
+def test_from_the_last_map_to_logits_and_gradients(term, tiny, other, tmp_path, monkeypatch):
+    """Everything behind the backbone once more in float64: average, batch norm, logits z = W B(x)
+    on the neck's output as it is (not of unit length), the term, its gradient to the map."""
+    import torchvision
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    maps, scale, rows = {}, {}, []
+    forward, cluster_means = sskd.forward, common.cluster_means
+
+    def spy_forward(model, batch, splits):
+        def keep(_, __, output):
+            if output.requires_grad:
+                output.retain_grad()
+            maps[model] = output
+            scale[model] = model.necks[0].weight.detach().double()  # before the step
+        hook = model.backbone.register_forward_hook(keep)
+        result = forward(model, batch, splits)
+        hook.remove()
+        return result
+    monkeypatch.setattr(sskd, "forward", spy_forward)
+    monkeypatch.setattr(common, "cluster_means",
+                        lambda *args: (rows.append(cluster_means(*args)), rows[-1])[1])
+    batches, index = common.pk_batches, []
+    monkeypatch.setattr(common, "pk_batches", lambda labels, *args: (
+        index.append((labels, i := next(batches(labels, *args)))), iter([i]))[1])
+    off = {name: "0" for name in ("id", "soft", "ms", "nuc")}
+    on = {**off, "id": "1e-12", term: "1"}                         # one of the labels' terms stays
+    sskd.main(pair(other, tiny, tmp_path / "out", "--arch", "resnet18", "--weights",
+                   str(tmp_path / "resnet18.pth"), "--nets", "2", "--epochs", "1", "--iters", "1",
+                   "--source-iters", "1", "--source-epochs", "1", "--eps", "0", "--rho", ".1",
+                   "--batch-size", "6", "--temp", "1.5",
+                   *(word for name, value in on.items() for word in (f"--{name}", value))))
+    labels, picked = index[-1]
+    k = torch.from_numpy(labels)[picked]
+    W = rows[0].double() / 1.5
+    torch.testing.assert_close(W.norm(dim=1), torch.ones(len(W)).double() / 1.5)
+    *_, slow1, slow2, first, second = maps                         # after both source networks
+
+    def logits(model, last):
+        pooled = last.mean((2, 3))
+        neck = (pooled - pooled.mean(0)) / (pooled.var(0, unbiased=False) + 1e-5).sqrt()
+        neck = neck * scale[model]
+        assert 10 < neck.norm(dim=1).mean() < 30                   # near sqrt(512) = 22.6
+        return pooled, neck @ W.T
+    for student, teacher in ((first, slow2), (second, slow1)):
+        last = maps[student].detach().double().requires_grad_()
+        pooled, z = logits(student, last)
+        p = logits(teacher, maps[teacher].double())[1].softmax(1)
+        log_q = z.log_softmax(1)
+        smooth = F.one_hot(k, len(W)) * .9 + .1 / len(W)
+        loss = dict(id=-(smooth * log_q).sum(1).mean(), soft=-(p * log_q).sum(1).mean(),
+                    ms=sskd.multi_similarity_loss(pooled.double(), k),
+                    nuc=-torch.linalg.svdvals(log_q.exp()).sum() / 6)[term]
+        loss.backward()
+        wanted = last.grad
+        assert wanted.abs().max() > 1e-6
+        torch.testing.assert_close(maps[student].grad.double(), wanted, rtol=1e-3,
+                                   atol=2e-4 * wanted.abs().max().item())
+
+
 def test_soft_labels_are_free_of_the_camera(finished, tiny, other, tmp_path, monkeypatch):
-    """From random weights: softmax(<unit(f - its camera's mean), centred cluster means> / tau)."""
+    """From random weights (N2): the direction of B(x) loses its camera's mean, its length stays;
+    and the rows it meets are means of features without theirs, network by network."""
     seen = {}
 
     def spy(where, name):
@@ -250,23 +312,26 @@ def test_soft_labels_are_free_of_the_camera(finished, tiny, other, tmp_path, mon
             seen.setdefault(name, []).append((args, result))
             return result
         monkeypatch.setattr(where, name, wrapped)
-    for where, name in ((sskd, "forward"), (sskd, "soft_label_loss"), (common, "camera_means"),
-                        (common, "cluster_means"), (common, "centre_cameras")):
+    for where, name in ((sskd, "forward"), (sskd, "soft_label_loss"),
+                        (common, "extract_features"), (common, "pk_batches")):
         spy(where, name)
-    sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source"), "--nets", "1",
+    sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source"), "--nets", "2",
                    "--epochs", "1", "--iters", "1"))
-    (_, centred), = seen["centre_cameras"]
-    (raw, _), centred_call = seen["cluster_means"][0][0], seen["cluster_means"][1]
-    assert torch.equal(centred_call[0][0], centred) and not torch.equal(raw, centred)
-    f = seen["forward"][0][1][0]                                   # the slow copy's, no gradient
-    (_, soft), _ = seen["soft_label_loss"][0]
-    mean = seen["camera_means"][-1][1]
     cams = common.load(str(tiny))[0].cams
-    means = [mean[int(np.flatnonzero(cams == v)[0])] for v in range(3)]
-    for i in range(6):                                             # of one of the cameras it is
-        fits = [torch.allclose(soft[i], (F.normalize(f[i] - m, dim=0) @ centred_call[1].T / .1
-                                         ).softmax(0), atol=1e-5) for m in means]
-        assert any(fits)
+    each = [f.double() for _, f in seen["extract_features"] if len(f) == len(cams)]
+    means = [torch.stack([f[cams == v].mean(0) for v in range(3)])[cams] for f in each]
+    free = sum(F.normalize(f - m) for f, m in zip(each, means))
+    labels = seen["pk_batches"][0][0][0]
+    rows = torch.stack([F.normalize(F.normalize(free)[labels == c].mean(0), dim=0)
+                        for c in range(labels.max() + 1)])
+    for i in range(2):
+        neck = seen["forward"][i][1][1].double()                   # of E_i, no gradient
+        soft = seen["soft_label_loss"][1 - i][0][1]                # the other one's lesson
+        for b, found in zip(neck, soft):                           # of one of the cameras it is
+            wanted = torch.stack([
+                (rows @ F.normalize(b / b.norm() - m, dim=0) * b.norm() / 1.6).softmax(0)
+                for m in (means[i][int(np.flatnonzero(cams == v)[0])] for v in range(3))])
+            assert (wanted - found).abs().max(1).values.min() < 1e-4
 
 
 def test_slow_classifiers_follow_when_nothing_is_centred(tiny, other, tmp_path, monkeypatch):
@@ -305,8 +370,8 @@ def test_source_training_lets_the_target_pass_and_learns_the_source(tiny, other,
     images = [common.read_images(split, 64, 32) for split in (source, target)]
     log = common.Log(str(tmp_path / "2"), "cpu", args, "source_epochs")
     sskd.train_source(args, 2, log, source, *images)
-    assert learns == [True, False] * 16
-    np.testing.assert_allclose(rates, [5e-4] + [1e-3] * 7 + [1e-4] * 6 + [1e-5] * 2)
+    assert learns == [False, True] * 16                            # the target first, as in the code
+    np.testing.assert_allclose(rates, [5.05e-4] + [1e-3] * 6 + [1e-4] * 6 + [1e-5] * 3)
     assert losses(tmp_path / "2")[-1]["source"] < math.log(9) + 2
 
 
