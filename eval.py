@@ -26,8 +26,7 @@ def rerank(query_features, gallery_features, k1=20, k2=6, lam=.3, block=256):
     its row. Memory grows with Q + G, never with its square.
     """
     features = torch.cat([query_features, gallery_features])
-    if not features.sum(1).isfinite().all():
-        raise common.Problem("features are not finite: the checkpoint is of no use")
+    common.check_finite(features)
     farthest = torch.cat([2 - 2 * (rows @ features.T).min(1).values for rows in
                           features.split(block)])
     farthest = farthest.clamp(min=1e-12).cpu().numpy()                            # (Q + G,)

@@ -2,15 +2,15 @@
 Lan, Teng, Zhang, Zhang, Tao; arXiv 2204.09931 v1, 2022 (v2 and IEEE TIP 2023: "Learning to
 Purification for Unsupervised Person Re-identification")
 
-Pseudo labels are noisy, and a global feature overlooks details. MSKD adds features of two local
-views, the upper and the lower half of the body, to clusters and losses. Then it trains twice: a
-teacher learns from the noisy labels of its own clusters, from bad ones to better; a student starts
-again, from the same first network, from the labels of the finished teacher and guided by its
-features, so it converges fast and meets less of the noise that the teacher went through.
+Pseudo labels are noisy: poses and occlusion change how a person looks (appearance noise), and one
+global feature overlooks details. MSKD works at several scales, the whole body and its upper and
+lower half, and trains twice: a teacher learns from the noisy labels of its own clusters, step by
+step from bad ones to better; a student starts afresh from the labels of the finished teacher,
+guided by its features, so it converges fast and meets less of the noise.
 
 A stage, teacher then student, and an epoch of it ([paper]: abstract or introduction; [code]: the
 authors' released code; the rest is ClusterContrast by Dai et al., ACCV 2022, the usual base)
-  0 data, network; random weights only: warm-up N2       common.load, read_images, Encoder, warm_up
+  0 data, network; from random weights a warm-up W       common.read_data, Encoder, warm_up
   1 extract features of three views of all training images [paper]   common.extract_features
   2 pseudo labels: J = (1 - 2 l1) J_g + l1 J_u + l1 J_d [code], DBSCAN   mixed_distance
   3 (no refinement in this paper)
@@ -18,26 +18,28 @@ authors' released code; the rest is ClusterContrast by Dai et al., ACCV 2022, th
   5 for every batch of P clusters x K images
     5a features of augmented images, three views         common.augment, the network
     5b L_g, L_u, L_d: similarity to clusters             view_losses
-    5c D_g, D_u, D_d, student only: the teacher's features of the same images are regressed [code]
+    5c D_g, D_u, D_d, student only: regress the teacher's features of the same images [code]
                                                          distillation_losses
     5f L = (1 - l2) (L_g + mu D_g) + l2 (L_u + mu D_u) + l2 (L_d + mu D_d) [code], optimiser step
     5g memories follow the batch                         common.update_memory
-  6 report, evaluate the global feature [code], save   common.label_quality, evaluate, Log.epoch
-Before its epochs the student trains for a round, "epoch 0", on labels and memories that come from
-  the teacher's features, with frozen memories and twice the iterations [code].
+  6 report, evaluate the global feature [code], save     common.label_quality, test, Log.epoch
+First round: before its epochs the student trains on labels and memories from the teacher's
+  features, with frozen memories and twice the iterations [code].
 Symbols: g, u, d the views: global, upper, lower half; f_v unit feature, t_v the teacher's; J_v
   Jaccard distance; k = y(i) cluster, m_v its unit memories; tau --temp; l1 --l1, l2 --l2, mu --mu
 Differences from the code
-  D1 the last epoch is the result; there the best on the test set
-  D2 two checkpoints, in OUT/teacher and OUT; there the student overwrites its teacher
-  D3 the distillation terms are on by default; there all weights default to 0, plain baseline
-  D4 on the toy set the teacher normalises with its running statistics, there with the batch's;
-     chosen by the scores in the README
+  D1 we report the last epoch; the authors' code reports the best epoch on the test set
+  D2 two checkpoints, OUT/teacher and OUT; in the code the student overwrites its teacher
+  D3 distillation is on by default; in the code all weights default to 0, the plain baseline
+  D4 on the toy set the teacher normalises with its running statistics, in the code with the batch's
+  D5 harmless: erased pixels take the mean colour (code: the mean, after normalising); 10 tries for
+     a rectangle (100); K - 1 other images without repeats (with); a cluster of one image fills K
+     places (one); eps + 1e-5; running statistics of all chunks (of the first GPU); bfloat16 on CUDA
 Not said in paper or code, chosen here
-  N1 the student's epoch 0 counts in its schedule: --lr-drop 20 acts after epochs 19 and 39, as in
-     the code, and the cosine of --lr-drop 0 spans it too
-  N2 --weights none adds what no paper claims: a warm-up without labels, colour jitter, and features
-     centred per camera before clustering; any other --weights has none of them
+  N1 the first round counts in the schedule: --lr-drop 20 acts after epochs 19 and 39, as in the
+     code, and the cosine of --lr-drop 0 spans it too
+  W  --weights none adds what no paper claims: a warm-up without labels, colour jitter, IBN-a
+     blocks in the small network, and features centred per camera before clustering
 Run
   python mskd.py                                     toy set, 2 CPU cores: 139 s, 85 mAP
   python mskd.py --data market1501 --root data       one GPU of 24 GB, estimated: not measured
@@ -47,7 +49,6 @@ import copy
 import math
 import os
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.sparse import csr_array
@@ -55,7 +56,7 @@ from tqdm import tqdm
 
 import common
 
-SETTINGS = {  # the flags' defaults per data set; toy's eps and schedule chosen by scores (README)
+SETTINGS = {  # defaults of the flags; how those of the toy set were chosen: tests/RESULTS.md
     "toy": dict(arch="small", weights="none", size=(96, 48), eps=.45, k1=20, epochs=20, iters=24,
                 batch_size=64, num_instances=4, lr=1e-3, lr_drop=0, bn_splits=1, eval_every=5,
                 teacher_bn="running"),  # D4
@@ -69,38 +70,26 @@ WEIGHT_DECAY = 5e-4
 
 def get_args(argv=None):
     number, parser = common.number, common.Parser(__doc__)
-    add = parser.add_argument_group("paper; weight 0: no such term; (default here / published)"
-                                    ).add_argument
+    add = parser.add_argument_group("paper (default / published); weight 0: off").add_argument
     add("--stage", choices=("both", "teacher", "student"), default="both", help="a stage that is "
         "finished in OUT is skipped (%(default)s)")
-    add("--teacher", help="folder of a finished teacher, which is not trained "
-        "again (OUT/teacher)")
-    add("--l1", type=number(float, 0, .5), default=.15, help="weight of each half's distance; 0: "
-        "clusters of the global feature alone (%(default)s / 0.15)")
+    add("--teacher", help="folder of a finished teacher, which is not trained again (OUT/teacher)")
+    add("--l1", type=number(float, 0, .5), default=.15, help="weight of each half's distance "
+        "(%(default)s / 0.15)")
     add("--l2", type=number(float, 0, 1), default=.2, help="weight of each half's loss "
         "(%(default)s / 0.2)")
-    add("--mu", type=number(float, 0), default=1, help="weight of the distillation terms; 0: the "
-        "teacher gives only labels and memories of epoch 0 (%(default)s / 1)")  # D3
-    add("--teacher-bn", choices=("batch", "running"), help="statistics that the "
-        "teacher normalises with: the batch's or its own (%(default)s / batch)")
+    add("--mu", type=number(float, 0), default=1, help="weight of distillation; 0: the teacher "
+        "gives only the first round's labels and memories (%(default)s / 1)")  # D3
+    add("--teacher-bn", choices=("batch", "running"), help="statistics that the teacher normalises "
+        "with: the batch's or its own (%(default)s / batch)")
     add("--temp", type=number(float, 1e-3), default=.05, help="tau (%(default)s / 0.05)")
     add("--momentum", type=number(float, 0, 1), default=.1,
-        help="share of a memory that stays when an image comes (%(default)s / 0.1)")
-    add("--eps", type=number(float, 0, 1), help="DBSCAN's radius (%(default)s / 0.6, MSMT17 0.7); "
-        "lower it when clusters mix people, raise it when most images are outliers")
-    add("--k1", type=number(int, 1), help="neighbours of the Jaccard distance (%(default)s / 30); "
-        "about the images of a person")
-    add = parser.add_argument_group("schedule of each stage").add_argument
-    add("--epochs", type=number(int, 1), help="how often to cluster (%(default)s / 50)")
-    add("--iters", type=number(int, 1), help="batches per epoch (%(default)s / 200, MSMT17 400)")
-    add("--batch-size", type=number(int, 2), help="P x K images (%(default)s / 256)")
-    add("--num-instances", type=number(int, 1), help="K, images of a cluster (%(default)s / 16)")
-    add("--lr", type=number(float, 0), help="step size of Adam (%(default)s / 3.5e-4)")
-    add("--lr-drop", type=number(int, 0), help="epochs after which lr falls to a tenth, again and "
-        "again; 0: along a cosine to 0 (%(default)s / 20)")
-    add("--bn-splits", type=number(int, 1), help="chunks of a batch with batch-norm statistics of "
-        "their own (%(default)s / 4, the number of GPUs)")
-    add("--eval-every", type=number(int, 1), help="epochs between evaluations (%(default)s)")
+        help="mu in m <- mu m + (1 - mu) f (%(default)s / 0.1)")
+    add("--eps", type=number(float, 0, 1), help="DBSCAN's radius; lower it when clusters mix "
+        "people, raise it when most images are outliers (%(default)s / 0.6, MSMT17 0.7)")
+    add("--k1", type=number(int, 1), help="neighbours in the Jaccard distance, about the images of "
+        "a person (%(default)s / 30)")
+    common.add_schedule_flags(parser, SETTINGS["market1501"])
     common.add_run_flags(parser)
     args = common.parse(parser, argv, "mskd", SETTINGS)
     if args.teacher and args.stage == "teacher":
@@ -121,12 +110,12 @@ def mixed_distance(views, k1, l1):
     views (3, N, D). What is not stored has similarity S = 1 - J = 0, and the weights sum to 1: so
     1 - J is the weighted sum of three sparse S, exact, and there is no N x N array.
     """
-    mixed = csr_array((views.shape[1],) * 2, dtype=np.float32)
+    mixed = csr_array((views.shape[1],) * 2, dtype="float32")
     for features, weight in zip(views, (1 - 2 * l1, l1, l1)):
         if weight:
-            similar = common.jaccard_distance(features, k1)
-            similar.data = weight * (1 - similar.data)
-            mixed = mixed + similar
+            similarity = common.jaccard_distance(features, k1)
+            similarity.data = weight * (1 - similarity.data)
+            mixed = mixed + similarity
     mixed.data = (1 - mixed.data).clip(0)
     return mixed
 
@@ -163,63 +152,62 @@ def load_teacher(folder, args):
     if state["epoch"] < state["epochs"]:
         raise common.Problem(f"the teacher {path} stopped after epoch {state['epoch']} of "
                              f"{state['epochs']} (delete it and run --stage teacher)")
-    teacher.train(args.teacher_bn == "batch")
+    teacher.train(args.teacher_bn == "batch")  # D4
     return teacher.requires_grad_(False)
 
 
 def main(argv=None):
     args = get_args(argv)
-    folder = args.teacher or os.path.join(args.out, "teacher")  # D2
+    teacher = args.teacher or os.path.join(args.out, "teacher")  # D2
+
+    # ==== first stage: the teacher, from the noisy labels of its own clusters
     if args.stage != "student" and not args.teacher:
-        scores = train_stage(args, folder)
+        scores = train_stage(args, "teacher", teacher)
+
+    # ==== second stage: the student, guided by the finished teacher
     if args.stage != "teacher":
-        scores = train_stage(args, args.out, folder)
+        scores = train_stage(args, "student", args.out, teacher)
     return scores
 
 
-def train_stage(args, out, folder=None):
-    """The teacher's stage, or the student's of the teacher in `folder`. -> its last evaluation."""
+def train_stage(args, stage, out, teacher_folder=None):
+    """One stage, with its result in `out` -> its last evaluation."""
     args = copy.copy(args)
-    args.stage = "student" if folder else "teacher"  # what the checkpoint says it is
+    args.stage = stage  # what the checkpoint says it is
     device = common.pick_device(args.device)
-    log = common.Log(out, device, args, free=() if folder else ("teacher", "mu", "teacher_bn"))
+    of_student = ("teacher", "mu", "teacher_bn")
+    log = common.Log(out, device, args, free=of_student if stage == "teacher" else ())
     if log.finished:
         return log.finished["scores"]
-    teacher = load_teacher(folder, args) if folder else None
+    teacher = load_teacher(teacher_folder, args).on(device, args) if teacher_folder else None
     generator = common.seed_everything(args.seed)  # both stages start from the same network
 
     # ---- 0 data, network, optimiser
-    train, query, gallery = common.load(args.data, args.root, args.batch_size)
+    train, images, test_set = common.read_data(args, device)
     cams, from_scratch = train.cams, args.weights == "none"
     P, K = args.batch_size // args.num_instances, args.num_instances  # clusters, images of each
     model = common.Encoder(args.arch, args.weights, parts=2, pooling="gem").on(device, args)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
                                  fused=device.type == "cuda")
-    images, query_images, gallery_images = (
-        common.read_images(split, *args.size) for split in (train, query, gallery))
-    images = common.place(images, device)
-
-    def test():
-        return common.evaluate(common.extract_features(model, query_images)[0],
-                               common.extract_features(model, gallery_images)[0], query, gallery)
-
-    kept = log.restore(len(images), generator=generator, model=model, optimizer=optimizer)
+    state = dict(generator=generator, model=model, optimizer=optimizer)
+    kept = log.restore(len(images), **state)
     labels = kept.get("labels")
     if not kept:  # a new run, not one that --resume goes on with
-        log.epoch("start", scores=test())
-        if from_scratch:  # N2
+        log.epoch("start", scores=common.test(model, test_set))
+        if from_scratch:  # W
             common.warm_up(model, images, cams, generator)
-            log.epoch("warmed up", scores=test())
-    if teacher:
-        teacher.on(device, args)
+            log.epoch("warmed up", scores=common.test(model, test_set))
 
-    first = -1 if teacher else 0  # -1: the student's round on the teacher's labels, "epoch 0"
-    for epoch in range(kept.get("epoch", first), args.epochs):
+    before = 1 if teacher else 0  # the student's first round comes before its epochs
+    for turn in range(kept["epoch"] + before if kept else 0, args.epochs + before):
+        first_round, epoch = turn < before, turn - before
+
         # ---- 1 features of three views: global, upper half, lower half
-        features = common.extract_features(teacher if epoch < 0 else model, images)  # (3, N, D)
+        sees = teacher if first_round else model
+        features = common.extract_features(sees, images)                          # (3, N, D)
 
-        # ---- 2 pseudo labels
-        centred = common.centre_cameras(features, cams) if from_scratch else features  # N2
+        # ---- 2 pseudo labels: dense groups of images that share neighbours in all views
+        centred = common.centre_cameras(features, cams) if from_scratch else features  # W
         if args.true_ids:
             labels = common.renumber(train.pids)                                  # (N,)
         else:
@@ -227,16 +215,16 @@ def train_stage(args, out, folder=None):
             labels = common.dbscan(distance, args.eps, at_least=P,
                                    instead=labels if args.on_collapse == "skip" else None)
 
-        # ---- 4 memories
+        # ---- 4 memories: what an image is compared with, from the features of step 1
         memory = common.cluster_means(features, labels)                           # (3, C, D)
         y = torch.from_numpy(labels).to(device)
 
         # ---- 5 batches of P clusters x K images
         model.train()
-        means, iters = common.Means(), args.iters * (2 if epoch < 0 else 1)
+        means, iters = common.Means(), args.iters * (2 if first_round else 1)
         batches = common.pk_batches(labels, cams, P, K, iters, generator)
         for step, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", iters, leave=False)):
-            # 5a features of augmented images
+            # 5a features of augmented images, chunk by chunk as if on --bn-splits GPUs
             batch = common.augment(common.take(images, index, device), generator,
                                    jitter=.5 if from_scratch else 0)
             chunks = batch.chunk(args.bn_splits)
@@ -245,10 +233,10 @@ def train_stage(args, out, folder=None):
             k = y[index]                                                          # (B,)
             D_g = D_u = D_d = 0
 
-            # 5b similarity to clusters
+            # 5b similarity to clusters, label noise included
             L_g, L_u, L_d = view_losses(f, memory, k, args.temp)
 
-            # 5c the teacher's features of the same images
+            # 5c the teacher saw through some of the noise: its features of the same images
             if teacher and args.mu:
                 t = torch.cat([teacher(chunk) for chunk in chunks], 1)            # (3, B, D)
                 D_g, D_u, D_d = distillation_losses(f, t)
@@ -256,26 +244,26 @@ def train_stage(args, out, folder=None):
             # 5f total loss, step
             loss = ((1 - args.l2) * (L_g + args.mu * D_g) + args.l2 * (L_u + args.mu * D_u)
                     + args.l2 * (L_d + args.mu * D_d))
-            turn, turns = epoch - first, args.epochs - first  # N1
-            lr = args.lr * (.1 ** (turn // args.lr_drop) if args.lr_drop else
-                            .5 + .5 * math.cos(math.pi * (turn + step / iters) / turns))
-            optimizer.param_groups[0]["lr"] = lr
+            turns = args.epochs + before  # N1
+            cosine = .5 + .5 * math.cos(math.pi * (turn + step / iters) / turns)
+            factor = .1 ** (turn // args.lr_drop) if args.lr_drop else cosine
+            optimizer.param_groups[0]["lr"] = args.lr * factor
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
-            # 5g memories follow the batch
-            if epoch >= 0:
+            # 5g memories follow the batch, so that they keep up with the network
+            if not first_round:
                 for v in range(3):
                     common.update_memory(memory[v], f[v].detach(), k, args.momentum, K)
             means.add(L_g=L_g, L_u=L_u, L_d=L_d, D_g=D_g, D_u=D_u, D_d=D_d)
 
-        # ---- 6 report, evaluate, save
-        losses, last = means.values(epoch + 1), epoch + 1 == args.epochs  # D1
-        scores = test() if last or (epoch + 1) % args.eval_every == 0 else {}
-        log.epoch(f"epoch {epoch + 1}/{args.epochs}", common.label_quality(labels, train.pids),
-                  losses, scores, epoch=epoch + 1, keep=dict(
-                      generator=generator, model=model, optimizer=optimizer, labels=labels))
+        # ---- 6 report, evaluate, save; the last epoch is the result D1
+        losses, quality = means.values(epoch + 1), common.label_quality(labels, train.pids)
+        due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
+        scores = common.test(model, test_set) if due else {}
+        title = "first round" if first_round else f"epoch {epoch + 1}/{args.epochs}"
+        log.epoch(title, quality, losses, scores, epoch=epoch + 1, keep=dict(state, labels=labels))
     return scores
 
 

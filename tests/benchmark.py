@@ -18,9 +18,9 @@ import sys
 import time
 
 import numpy as np
+import slow
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import DBSCAN
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -43,38 +43,25 @@ def draw(n, seed=0, d=2048):
 
 def dense_clustering(features, k1=30, k2=6, eps=.6):
     """k-reciprocal Jaccard distance as an N x N array, an image at a time, and DBSCAN on that."""
-    n = len(features)
-    rank = torch.cat([common._nearest_exact(features, rows, k1)
-                      for rows in torch.arange(n).split(1024)]).numpy()
+    n, search = len(features), common.exact_search(features)
+    rank = torch.cat([search(rows, k1) for rows in torch.arange(n).split(1024)]).tolist()
     yield "search"
 
-    def mutual(i, k):
-        forward = rank[i, :k]
-        return forward[(rank[forward, :k] == i).any(1)]
-    vectors = np.zeros((n, n), np.float32)
-    for i in range(n):
-        near = mutual(i, k1 + 1)
-        grown = [near]
-        for c in near:
-            close = mutual(c, round(k1 / 2) + 1)
-            if len(np.intersect1d(close, near)) > 2 / 3 * len(close):
-                grown.append(close)
-        members = np.unique(np.concatenate(grown))
-        weight = np.exp(2 * (features[members] @ features[i]).numpy() - 2)
-        vectors[i, members] = weight / weight.sum()
-    vectors = np.stack([vectors[rank[i, :k2]].mean(0) for i in range(n)])
+    def weigh(i, members):
+        return np.exp(2 * (features[members] @ features[i]).numpy() - 2)
+    vectors = slow.vectors(rank, weigh, k1, k2, np.float32)
     holders = [np.flatnonzero(vectors[:, column]) for column in range(n)]
     distance = np.empty((n, n), np.float32)
-    for i in range(n):
+    for i in range(n):  # slow.jaccard without the pairs that have nothing in common
         shared = np.zeros(n, np.float32)
         for column in np.flatnonzero(vectors[i]):
             mine = holders[column]
             shared[mine] += np.minimum(vectors[i, column], vectors[mine, column])
         distance[i] = 1 - shared / (2 - shared)
     yield "distance"
-    labels = DBSCAN(eps=eps + 1e-5, min_samples=4, metric="precomputed").fit(distance.clip(0))
+    labels = slow.dbscan(distance, eps)
     yield "DBSCAN"
-    yield labels.labels_
+    yield labels
 
 
 def clustering(features, k1=30, eps=.6):
@@ -96,16 +83,8 @@ def clustering(features, k1=30, eps=.6):
 
 def loop_evaluation(query_features, gallery_features, query, gallery):
     """A query at a time, all of its similarities sorted."""
-    precision, first = [], []
-    for q in range(len(query_features)):
-        similar = (gallery_features @ query_features[q]).numpy()
-        same = gallery.pids == query.pids[q]
-        keep = ~(same & (gallery.cams == query.cams[q]))
-        hits = same[keep][np.argsort(-similar[keep], kind="stable")]
-        if hits.any():
-            precision.append(common.average_precision(hits))
-            first.append(hits.argmax())
-    return dict(mAP=np.mean(precision), rank1=np.mean(np.array(first) == 0))
+    similar = ((gallery_features @ f).numpy() for f in query_features)
+    return slow.evaluate(similar, query, gallery)
 
 
 # ------------------------------------------------------------------------------------- measurements

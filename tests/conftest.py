@@ -1,4 +1,5 @@
-"""Shared by the tests: the pages are importable, and a data set of a few drawn people is at hand.
+"""Shared by the tests: the pages are importable, a data set of a few drawn people is at hand, and
+what several tests need to run, to watch and to read a program.
 """
 
 import json
@@ -9,6 +10,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+import toy
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, HERE)
@@ -41,32 +46,117 @@ def refusal(main, capsys):
 
 
 def weights(out):
+    """-> the state dict of a finished run."""
     return common.load_checkpoint(os.path.join(out, "last.pt"))["model"]
 
 
 def losses(out):
-    """The lines of a log without its header, without seconds, without what the true ids say."""
+    """The lines of a log without its header, its groups laid flat, without seconds and without what
+    the true ids say."""
     with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
-    known = ("seconds", "ARI", "NMI", "purity", "unrefined_ARI")
-    return [{k: v for k, v in line.items() if k not in known} for line in lines[1:]]
+    known, flat = ("seconds", "ARI", "NMI", "purity", "unrefined_ARI"), []
+    for line in lines[1:]:
+        groups = [line.pop(group, {}) for group in ("quality", "losses", "scores")]
+        line.update(item for group in groups for item in group.items())
+        flat.append({k: v for k, v in line.items() if k not in known})
+    return flat
 
 
 def draw(folder, train=8, test=4, cameras=3, shots=3):
     """Write a Market-1501 layout of drawn people, `shots` images for every person and camera."""
     rng = np.random.default_rng(0)
-    eyes = [common.toy_camera(rng, .3) for _ in range(cameras)]
-    for part in common.TRIPLES[0]:
+    eyes = [toy.draw_camera(rng, .3) for _ in range(cameras)]
+    for part in toy.FOLDERS:
         (folder / part).mkdir(parents=True)
     for person in range(1, train + test + 1):
-        looks = common.toy_looks(rng)
+        looks = toy.draw_looks(rng)
         for camera in range(cameras):
             for shot in range(shots):
                 part = ("bounding_box_train" if person <= train
                         else "query" if shot == 0 else "bounding_box_test")
-                picture = common.toy_picture(rng, looks, eyes[camera], common.FRONT, 1, 0)
+                picture = toy.draw_picture(rng, looks, eyes[camera], toy.FRONT, 1, 0)
                 picture.save(folder / part / f"{person:04d}_c{camera + 1}s1_{shot:06d}_00.jpg")
     return folder
+
+
+def checkpoint(path, **values):
+    """Write a last.pt as a page does, of a network that was never trained, but for `values`."""
+    model = common.Encoder("small", "none").state_dict()
+    about = dict(model=model, arch="small", parts=0, pooling="gem", size=(96, 48), data="toy",
+                 root="data", epoch=1, epochs=2, scores={}, lines=[], seconds=1., images=9,
+                 bf16=False, fp32=False, format=common.FORMAT)
+    common.save_checkpoint(str(path), **{**about, **values})
+
+
+def older(path):
+    """Make a checkpoint one of the pages before they counted formats."""
+    state = common.load_checkpoint(str(path))
+    del state["format"]
+    common.save_checkpoint(str(path), **state)
+
+
+def unit(n, d=16, seed=0, spread=.5, people=8):
+    """n unit features around a few centres."""
+    g = torch.Generator().manual_seed(seed)
+    centres = F.normalize(torch.randn(people, d, generator=g))
+    return F.normalize(centres[torch.arange(n) % people]
+                       + spread * torch.randn(n, d, generator=g) / d ** .5)
+
+
+def quantised(n, seed=0):
+    """n unit features whose products are exact multiples of 1/4: many true ties, no rounding."""
+    rng = np.random.default_rng(seed)
+    features = np.zeros((n, 6), np.float32)
+    for row in features:
+        row[rng.permutation(6)[:4]] = rng.choice([-.5, .5], 4)
+    return torch.from_numpy(features)
+
+
+def double(*shape, seed=0):
+    """Normal random numbers in float64."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def same_loss(fast, slow, x, atol=1e-9, rtol=1e-9):
+    """Two functions of x have equal values, and equal gradients that are not all 0."""
+    a, b = (x.clone().requires_grad_() for _ in range(2))
+    values = fast(a), slow(b)
+    ga, gb = (torch.autograd.grad(value, at)[0] for value, at in zip(values, (a, b)))
+    torch.testing.assert_close(*values, atol=atol, rtol=0, check_dtype=False)
+    torch.testing.assert_close(ga, gb, atol=atol, rtol=rtol)
+    assert ga.abs().sum() > 0
+
+
+@pytest.fixture
+def after_each_step():
+    """-> a list of functions to call with the optimiser after each of its steps."""
+    calls = []
+
+    def stepped(optimizer, *_):
+        for call in calls:
+            call(optimizer)
+    handle = register_optimizer_step_post_hook(stepped)
+    yield calls
+    handle.remove()
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """-> watch(where, name): replaces a function of ours by one that also notes each call -> list
+    of (arguments, result). A loss's .grad is then its weight in the total."""
+    def start(where, name):
+        call, seen = getattr(where, name), []
+
+        def noted(*args, **more):
+            result = call(*args, **more)
+            seen.append((args, result))
+            if torch.is_tensor(result) and result.requires_grad:
+                result.retain_grad()
+            return result
+        monkeypatch.setattr(where, name, noted)
+        return seen
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,13 @@
 """The own functions of ccsd.py against loops in float64, written from shared notation."""
 
+import os
+
 import numpy as np
 import pytest
+import slow
 import torch
 import torch.nn.functional as F
+from conftest import same_loss, short
 
 import ccsd
 import common
@@ -31,16 +35,6 @@ def case():
 
 def tensors(*arrays):
     return [torch.from_numpy(array) for array in arrays]
-
-
-def check(fast, slow, similar):
-    """Equal values and equal gradients of two losses of `similar`."""
-    a, b = (similar.clone().requires_grad_() for _ in range(2))
-    la, lb = fast(a), slow(b)
-    assert abs(la.item() - lb.item()) < 1e-9 and la.item() > 0
-    ga, gb = torch.autograd.grad(la, a)[0], torch.autograd.grad(lb, b)[0]
-    torch.testing.assert_close(ga, gb, atol=1e-9, rtol=1e-9)
-    assert ga.abs().sum() > 0
 
 
 def test_split_by_camera(case):
@@ -87,20 +81,19 @@ def test_reassign_never_gets_less_compact():
         after = compactness(ccsd.reassign(labels, cams, features, rounds))
         assert after >= before - 1e-4
         before = after
-    slow = labels.copy()  # one round, image by image
+    once = labels.copy()  # one round, image by image
     groups, parent, camera, _ = ccsd.split_by_camera(labels, cams)
     means = common.cluster_means(features, groups)
     for i in np.flatnonzero(labels >= 0):
         mine = [g for g in range(len(parent)) if camera[g] == cams[i]]
-        slow[i] = parent[max(mine, key=lambda g: (features[i] @ means[g]).item())]
-    assert (ccsd.reassign(labels, cams, features, 1) == common.renumber(slow)).all()
+        once[i] = parent[max(mine, key=lambda g: (features[i] @ means[g]).item())]
+    assert (ccsd.reassign(labels, cams, features, 1) == common.renumber(once)).all()
 
 
 def test_recluster_drops_the_loose_image_and_keeps_the_parent():
     features, who, cams, labels = blobs()
     distance = common.jaccard_distance(features, 6, 2)
-    dense = np.ones((24, 24))
-    dense[np.repeat(np.arange(24), np.diff(distance.indptr)), distance.indices] = distance.data
+    dense = slow.dense(distance)
     new = ccsd.recluster(labels, cams, distance, .4)
     groups, *_ = ccsd.split_by_camera(labels, cams)
     for i in range(24):
@@ -114,13 +107,13 @@ def test_intra_camera_loss(case):
     group, camera = tensors(case["groups"][case["batch"]], case["camera"])
     similar = case["features"][case["batch"]] @ case["means"].T
 
-    def slow(s):
+    def looped(s):
         total = 0
         for row, g in zip(s / TEMP, group):
             own = [row[h] for h in range(len(camera)) if camera[h] == camera[g]]
             total -= torch.log(row[g].exp() / sum(x.exp() for x in own))
         return total / len(s)
-    check(lambda s: ccsd.intra_camera_loss(s, group, camera, TEMP), slow, similar)
+    same_loss(lambda s: ccsd.intra_camera_loss(s, group, camera, TEMP), looped, similar)
 
 
 @pytest.mark.parametrize("negatives", [1, 3, 50])
@@ -128,7 +121,7 @@ def test_cross_camera_loss(case, negatives):
     group, parent = tensors(case["groups"][case["batch"]], case["parent"])
     similar = case["features"][case["batch"]] @ case["means"].T
 
-    def slow(s):
+    def looped(s):
         losses = []
         for row, g in zip(s / TEMP, group):
             positive = [row[h] for h in range(len(parent)) if parent[h] == parent[g] and h != g]
@@ -139,7 +132,7 @@ def test_cross_camera_loss(case, negatives):
                 losses.append(-sum(torch.log(x.exp() / total) for x in positive) / len(positive))
         assert len(losses) < len(s)                                # cluster 3 has one camera only
         return sum(losses) / len(losses)
-    check(lambda s: ccsd.cross_camera_loss(s, group, parent, TEMP, negatives), slow, similar)
+    same_loss(lambda s: ccsd.cross_camera_loss(s, group, parent, TEMP, negatives), looped, similar)
 
 
 def test_distillation_loss(case):
@@ -147,7 +140,7 @@ def test_distillation_loss(case):
                                            case["camera"], case["table"])
     similar = case["features"][case["batch"]] @ case["means"].T
 
-    def slow(s):
+    def looped(s):
         losses = []
         for row, g in zip(s, group):
             v, divergences = camera[g], []
@@ -160,7 +153,8 @@ def test_distillation_loss(case):
             if divergences:
                 losses.append(sum(divergences) / len(divergences))
         return sum(losses) / len(losses)
-    check(lambda s: ccsd.distillation_loss(s, group, parent, camera, table, TEMP), slow, similar)
+    same_loss(lambda s: ccsd.distillation_loss(s, group, parent, camera, table, TEMP), looped,
+              similar)
 
 
 def test_losses_of_images_without_a_counterpart_are_zero():
@@ -184,10 +178,24 @@ def test_terms_agree_when_cameras_agree():
     assert ccsd.distillation_loss(similar, group, parent, camera, table, TEMP).item() < 1e-6
 
 
+def test_weights_of_the_terms_and_learning_rate(tiny, tmp_path, monkeypatch, watch,
+                                                after_each_step):
+    monkeypatch.setattr(ccsd, "GROUP_START", 1)                    # L_cross and L_kd: 1 epoch less
+    monkeypatch.setattr(common, "warm_up", lambda *args: None)
+    terms, rates = [watch(ccsd, f"{name}_loss") for name in
+                    ("intra_camera", "cross_camera", "distillation")], []
+    after_each_step.append(lambda optimizer: rates.append(optimizer.param_groups[0]["lr"]))
+    ccsd.main(short(tiny, tmp_path, "--intra", "3", "--cross", "5", "--kd", "7", "--lr", "1e-3",
+                    "--lr-drop", "0", "--epochs", "4", "--true-ids"))
+    grads = [[loss.grad.item() for _, loss in calls] for calls in terms]
+    assert grads == [[3] * 8, [5] * 6, [7] * 6]
+    np.testing.assert_allclose(rates, .5e-3 + .5e-3 * np.cos(np.pi * np.arange(8) / 8))
+
+
 def test_settings_and_flags():
     toy, market = ccsd.get_args([]), ccsd.get_args(["--data", "market1501"])
     assert (toy.arch, toy.weights, toy.out) == (
-        "small", "none", "runs/ccsd-toy-s0".replace("/", ccsd.os.sep))
+        "small", "none", os.path.join("runs", "ccsd-toy-s0"))
     assert (market.arch, market.batch_size, market.num_instances, market.iters, market.epochs,
             market.lr, market.eps, market.k1, market.bn_splits, market.temp, market.momentum) == (
         "resnet50", 256, 16, 200, 50, 3.5e-4, .6, 30, 4, .05, .1)  # the published settings

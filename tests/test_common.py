@@ -7,30 +7,15 @@ import math
 import numpy as np
 import pytest
 import sklearn.metrics
+import slow
 import torch
 import torch.nn.functional as F
+import torchvision
+from conftest import checkpoint, older, quantised, unit
 from scipy.sparse import csr_array
-from sklearn.cluster import DBSCAN
 from torch import nn
 
 import common
-
-
-def unit(n, d=16, seed=0, spread=.5, people=8):
-    """n unit features around a few centres."""
-    g = torch.Generator().manual_seed(seed)
-    centres = F.normalize(torch.randn(people, d, generator=g))
-    return F.normalize(centres[torch.arange(n) % people]
-                       + spread * torch.randn(n, d, generator=g) / d ** .5)
-
-
-def quantised(n, seed=0):
-    """n unit features whose products are exact multiples of 1/4: many true ties, no rounding."""
-    rng = np.random.default_rng(seed)
-    features = np.zeros((n, 6), np.float32)
-    for row in features:
-        row[rng.permutation(6)[:4]] = rng.choice([-.5, .5], 4)
-    return torch.from_numpy(features)
 
 
 # ------------------------------------------------------------------------------------------ network
@@ -125,15 +110,21 @@ def test_encoder_parts_see_their_stripe_only():
         model(torch.randn(3, 256, 3, 2))
 
 
-def test_encoder_pooling_avg():
+def test_encoder_pooling_avg_and_what_is_inside():
     model = common.Encoder("small", "none", pooling="avg").eval()
     x = torch.randn(2, 3, 64, 32)
-    torch.testing.assert_close(model(x),
-                               F.normalize(model.necks[0](model.backbone(x).mean((2, 3)))))
+    mean = model.backbone(x).mean((2, 3))
+    pooled, neck = model(x, inside=True)
+    torch.testing.assert_close(pooled, mean)
+    torch.testing.assert_close(neck, model.necks[0](mean))
+    torch.testing.assert_close(model(x), F.normalize(neck))
+    model = common.Encoder("small", "none", parts=2).eval()
+    pooled, necks = model(x, inside=True)
+    assert pooled.shape == (3, 2, 256)
+    torch.testing.assert_close(model(x), F.normalize(necks, dim=2))
 
 
 def test_encoder_equals_torchvision_but_for_the_last_stride():
-    import torchvision
     net = torchvision.models.resnet18()
     net.layer4[0].conv1.stride = net.layer4[0].downsample[0].stride = (1, 1)
     path_free = {k: v for k, v in net.state_dict().items()}
@@ -145,7 +136,6 @@ def test_encoder_equals_torchvision_but_for_the_last_stride():
 
 
 def test_weights_from_a_file(tmp_path):
-    import torchvision
     state = torchvision.models.resnet18().state_dict()
     torch.save(state, tmp_path / "r18.pth")
     model = common.Encoder("resnet18", str(tmp_path / "r18.pth"))
@@ -171,17 +161,15 @@ def test_weights_from_a_file(tmp_path):
 
 
 def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
-    def offline(url, **_):
-        raise OSError("no route to host")
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    # V1's name
-    with pytest.raises(common.Problem, match=f"{tmp_path}.checkpoints.resnet50-0676ba61.pth"):
-        common.Encoder("resnet50", "imagenet")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")        # nobody answers there
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(common.Problem, match=f"{tmp_path}.*resnet50-0676ba61.pth.*--weights FILE"):
+        common.Encoder("resnet50", "imagenet")                     # the file is V1's
 
 
 @pytest.mark.parametrize("parts", [0, 2])
-def test_warm_up_loss_ignores_other_cameras(parts):
+def test_warm_up_loss_ignores_other_cameras(parts, monkeypatch):
     """One step of warm_up equals one step on the loss written as a double loop."""
     class Net(nn.Module):
         def __init__(self):
@@ -198,16 +186,12 @@ def test_warm_up_loss_ignores_other_cameras(parts):
     cams = np.array([0, 0, 0, 1, 1, 2])
     augment, seen = common.augment, []
 
-    def spy(*args, **kwargs):
-        seen.append(augment(*args, **kwargs).double())
+    def noted(*args, **more):
+        seen.append(augment(*args, **more).double())
         return seen[-1]
-    common.augment = spy
-    try:
-        g = torch.Generator().manual_seed(0)
-        order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
-        common.warm_up(model, images, cams, g, epochs=1, lr=.01)
-    finally:
-        common.augment = augment
+    monkeypatch.setattr(common, "augment", noted)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    common.warm_up(model, images, cams, torch.Generator().manual_seed(0), epochs=1, lr=.01)
     views, c = twin(torch.cat(seen)), np.tile(cams[order], 2)
     loss = 0
     for f in views if parts else [views]:
@@ -245,37 +229,6 @@ def test_centre_cameras():
         torch.testing.assert_close(out[i], F.normalize(features[i] - mean, dim=0))
 
 
-def dense_jaccard(features, k1, k2):
-    """The definition, image by image in float64."""
-    f = features.double().numpy()
-    n, similar = len(f), f @ f.T
-    rank = [sorted(range(n), key=lambda j: (j != i, -similar[i, j], j))[:k1] for i in range(n)]
-
-    def reciprocal(i, k):
-        return {j for j in rank[i][:k + 1] if i in rank[j][:k + 1]}
-    v = np.zeros((n, n))
-    for i in range(n):
-        wide = reciprocal(i, k1)
-        grown = set(wide)
-        for c in wide:
-            close = reciprocal(c, round(k1 / 2))
-            if len(close & wide) > 2 / 3 * len(close):
-                grown |= close
-        members = sorted(grown)
-        weight = np.exp(-(2 - 2 * similar[i, members]))
-        v[i, members] = weight / weight.sum()
-    v = np.array([v[rank[i][:k2]].mean(0) for i in range(n)])
-    shared = np.array([[np.minimum(v[i], v[j]).sum() for j in range(n)] for i in range(n)])
-    return (1 - shared / (2 - shared)).clip(0)
-
-
-def densify(sparse):
-    out = np.ones(sparse.shape)
-    rows = np.repeat(np.arange(sparse.shape[0]), np.diff(sparse.indptr))
-    out[rows, sparse.indices] = sparse.data
-    return out
-
-
 CASES = {
     "people": (unit(60), 10, 3), "k2 = 1": (unit(60), 10, 1), "N < k1": (unit(9), 30, 6),
     "N < k2": (unit(4), 30, 6), "odd k1": (unit(50, seed=2), 7, 2),
@@ -292,12 +245,12 @@ def test_jaccard_distance_and_dbscan_equal_the_dense_definition(case):
     if case == "duplicates":
         features = quantised(20)[torch.arange(60) % 20]  # exact ties, whatever the rounding
     distance = common.jaccard_distance(features, k1, k2)
-    expected = dense_jaccard(features, k1, k2)
-    np.testing.assert_allclose(densify(distance), expected, atol=1e-5)
+    expected = slow.jaccard_distance(features, k1, k2)
+    np.testing.assert_allclose(slow.dense(distance), expected, atol=1e-5)
     assert (distance.dtype == np.float32
             and np.isin(np.arange(len(features)), distance.indices).all())
     for eps in (.3, .45, .5, .6, 2 / 3):
-        dense = DBSCAN(eps=eps + 1e-5, min_samples=4, metric="precomputed").fit(expected).labels_
+        dense = slow.dbscan(expected, eps)
         if dense.max() < 1:
             with pytest.raises(common.Problem, match=f"at eps {eps:.4g}"):
                 common.dbscan(distance, eps)
@@ -311,9 +264,9 @@ def test_jaccard_distance_does_not_depend_on_blocks_and_can_be_cut():
     assert (common.nearest(features, 20, block=7) == rank).all()
     whole = common.jaccard_distance(features, 20)
     cut = common.jaccard_distance(features, 20, max_distance=.5)
-    expected = densify(whole)
+    expected = slow.dense(whole)
     expected[expected > .5] = 1
-    np.testing.assert_array_equal(densify(cut), expected)
+    np.testing.assert_array_equal(slow.dense(cut), expected)
     assert cut.nnz < whole.nnz < 300 ** 2                          # sparse, and the cut is sparser
     v = common.reciprocal_vectors(features, rank, 20, 6, lambda cosine, _: np.exp(2 * cosine - 2))
     np.testing.assert_allclose(v.sum(1), 1, rtol=1e-5)
@@ -327,16 +280,19 @@ def test_jaccard_distance_does_not_depend_on_blocks_and_can_be_cut():
 @pytest.mark.parametrize("scale", [1, 30.])
 def test_nearest_from_rounded_features_is_exact(scale, monkeypatch):
     """bfloat16 chooses candidates; what it could have missed is searched again. Against float64."""
-    exact, again = common._nearest_exact, []
-    monkeypatch.setattr(common, "_nearest_exact", lambda features, rows, k: (
-        again.extend(rows.tolist()), exact(features, rows, k))[1])
-    monkeypatch.setattr(common, "_bf16_pays", lambda features: True)
+    exact, again = common.exact_search, []
+
+    def noted(features):
+        search = exact(features)
+        return lambda rows, k: (again.extend(rows.tolist()), search(rows, k))[1]
+    monkeypatch.setattr(common, "exact_search", noted)
+    monkeypatch.setattr(common, "bfloat16_pays", lambda features, k: 2 * k < len(features))
     g = torch.Generator().manual_seed(0)
     centres = torch.randn(12, 64, generator=g)
     spread = torch.linspace(.02, 1, 300)[:, None] * torch.randn(300, 64, generator=g)
     spread[150:250] = .05 * torch.randn(100, 64, generator=g) + centres[0] - centres[
         torch.arange(150, 250) % 12]                               # closer than bf16 can tell
-    features = scale * torch.nn.functional.normalize(centres[torch.arange(300) % 12] + spread)
+    features = scale * F.normalize(centres[torch.arange(300) % 12] + spread)
     features[100:120] = features[7]                                # duplicates
     for k in (5, 30, 149):
         again.clear()
@@ -360,9 +316,8 @@ def test_nearest_breaks_ties_by_index_and_puts_the_image_first():
     features = quantised(60, seed=1)[torch.arange(120) % 60]       # each image twice
     similar = (features.double() @ features.double().T).numpy()
     for k in (1, 2, 5, 30, 119, 120, 500):
-        expected = [sorted(range(120), key=lambda j: (j != i, -similar[i, j], j))[:k]
-                    for i in range(120)]
-        np.testing.assert_array_equal(common.nearest(features, k), expected)
+        np.testing.assert_array_equal(common.nearest(features, k), slow.ranking(similar, k))
+    assert not common.bfloat16_pays(features, 60)                  # candidates would be all images
 
 
 def test_jaccard_distance_refuses_what_is_not_finite():
@@ -409,21 +364,18 @@ def test_cluster_means():
 
 @pytest.mark.parametrize("momentum", [0., .1, .9, 1.])
 def test_update_memory_is_image_by_image(momentum):
-    memory, features = unit(6), unit(40, seed=1)
-    # 5 is never drawn
-    labels = torch.randint(0, 5, (40,), generator=torch.Generator().manual_seed(0))
-    slow = memory.clone()
-    for f, y in zip(features, labels):
-        slow[y] = momentum * slow[y] + (1 - momentum) * f
-        slow[y] /= slow[y].norm()
-    counted = memory.clone()
-    common.update_memory(memory, features, labels, momentum)
-    torch.testing.assert_close(memory, slow)
-    assert torch.equal(memory[5], unit(6)[5])
-    for most in (int(torch.bincount(labels).max()), 40):           # said, and more than said
-        again = counted.clone()
-        common.update_memory(again, features, labels, momentum, most)
-        assert torch.equal(again, memory)
+    """Of batches of clusters, and of their parts by camera, as in ccsd.py."""
+    clusters, cams = np.arange(90) % 6, np.random.default_rng(0).integers(0, 3, 90)
+    index = next(common.pk_batches(clusters, cams, 4, 5, 1, torch.Generator().manual_seed(0)))
+    features = unit(20, seed=1)
+    for labels in (clusters[index], (3 * clusters + cams)[index]):
+        labels, memory = torch.from_numpy(labels), unit(18)
+        wanted = slow.update_memory(memory, features, labels, momentum)
+        absent = np.setdiff1d(np.arange(18), labels)
+        before = memory[absent]
+        common.update_memory(memory, features, labels, momentum, 5)
+        torch.testing.assert_close(memory, wanted)
+        assert torch.equal(memory[absent], before)
 
 
 def test_label_quality():
@@ -441,12 +393,19 @@ def test_label_quality():
 # --------------------------------------------------------------------------------------- evaluation
 
 def test_average_precision_known_values():
-    hits = np.zeros(10, bool)
-    hits[[0, 1, 3, 6]] = True                                      # ranks 1, 2, 4, 7
-    assert common.average_precision(hits) == pytest.approx((1 + 1 + 3 / 4 + 4 / 7) / 4)
-    assert round(common.average_precision(hits), 4) == .8304
-    assert common.average_precision(np.array([False, True])) == .5
-    assert common.average_precision(np.zeros(3, bool)) == 0
+    def values(similar, *right):
+        AP, wrong = common.average_precision(torch.tensor([similar] * len(right)).float(),
+                                             torch.tensor(right) > 0)
+        return AP.tolist(), wrong.tolist()
+    hits = [1, 1, 0, 1, 0, 0, 1, 0, 0, 0]                          # ranks 1, 2, 4, 7
+    both = hits, hits[::-1]
+    AP, wrong = values([*range(10, 0, -1)], *both)
+    assert AP[0] == pytest.approx((1 + 1 + 3 / 4 + 4 / 7) / 4) and round(AP[0], 4) == .8304
+    assert AP == pytest.approx([slow.average_precision(np.array(x)) for x in both])
+    assert wrong == [0, 3]
+    # of equal similarities the wrong one is ahead, and equal right ones cost nothing
+    assert values([5, 5, 5, 1], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]) == (
+        [pytest.approx((1 / 2 + 2 / 3) / 2), 1, 1 / 4], [1, 0, 3])
 
 
 def people(n, seed, ids=12, cameras=3):
@@ -455,43 +414,17 @@ def people(n, seed, ids=12, cameras=3):
                         rng.integers(0, cameras, n))
 
 
-def slow_evaluate(similar, query, gallery):
-    """One query at a time, each rule in a line."""
-    precisions, firsts = [], []
-    for q in range(len(query.pids)):
-        kept = [g for g in range(len(gallery.pids))
-                if not (gallery.pids[g] == query.pids[q] and gallery.cams[g] == query.cams[q])]
-        kept.sort(key=lambda g: (-similar[q, g], g))
-        hits = np.array([gallery.pids[g] == query.pids[q] for g in kept])
-        if hits.any():
-            precisions.append(common.average_precision(hits))
-            firsts.append(hits.argmax())
-    return dict(mAP=np.mean(precisions), queries=len(precisions),
-                **{f"rank{k}": np.mean(np.array(firsts) < k) for k in (1, 5, 10)})
-
-
-@pytest.mark.parametrize("features", [unit, lambda n, seed: quantised(n, seed)])
-def test_evaluate_equals_one_query_at_a_time(features, capsys):
+@pytest.mark.parametrize("features", [unit, quantised])
+def test_evaluate_equals_one_query_at_a_time(features):
     query, gallery = people(40, 0), people(150, 1)
     query.pids[:3] = 99                                         # nobody in the gallery: not counted
     gallery.pids[:20] = 77                                      # distractors: wrong answers
     q, g = features(40, seed=3), features(150, seed=4)
-    scores = common.evaluate(q, g, query, gallery, block=16)
-    expected = slow_evaluate((q.double() @ g.double().T).numpy(), query, gallery)
-    assert scores.keys() == expected.keys() and scores["queries"] == 37
-    for key in expected:
-        assert scores[key] == pytest.approx(expected[key], abs=1e-12)
-    # ties are reported
-    assert ("equal similarity" in capsys.readouterr().err) == (features is not unit)
-
-
-def test_equal_right_answers_are_no_tie(capsys):
-    query, gallery = (common.Split([], np.array(pids), np.full(len(pids), camera))
-                      for camera, pids in enumerate(([1], [1, 1, 2])))
-    features = torch.tensor([[1., 0], [1, 0], [0, 1]])
-    assert common.evaluate(features[:1], features, query, gallery)["mAP"] == 1
-    common.evaluate(features[:1], features[[0, 2, 0]], query, gallery)  # right, wrong, equal wrong
-    assert capsys.readouterr().err.count("equal similarity") == 1
+    expected = slow.evaluate((q.double() @ g.double().T).numpy(), query, gallery)
+    assert expected["queries"] == 37
+    for block in (16, 256):
+        scores = common.evaluate(q, g, query, gallery, block=block)
+        assert scores == pytest.approx(expected, abs=1e-12)
 
 
 def test_evaluate_agrees_with_scikit_learn():
@@ -538,7 +471,8 @@ def test_log(tmp_path, capsys):
               dict(mAP=.5, rank1=.75, rank5=1., rank10=1., queries=4), epoch=1)
     first, second = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
     assert first["args"] == vars(args) and {"torch", "commit", "device", "python"} <= first.keys()
-    assert second["epoch"] == 1 and second["mAP"] == .5 and second["base"] == 1.25
+    assert second["epoch"] == 1 and second["scores"]["mAP"] == .5
+    assert second["losses"] == {"base": 1.25} and second["quality"]["clusters"] == 7
     line = capsys.readouterr().out
     assert "7 clusters" in line and "mAP  50.0" in line and "R1  75.0" in line
     common.Log(str(tmp_path / "run"), "cpu", args)                 # no epoch saved yet: free
@@ -578,20 +512,23 @@ def test_a_checkpoint_cannot_execute_anything(tmp_path):
 
 
 def test_load_encoder(tmp_path):
-    model = common.Encoder("small", "none")
-    about = dict(parts=0, pooling="gem", size=(96, 48), data="toy", root="data",
-                 epoch=1, epochs=2, bf16=False, fp32=False)
-    common.save_checkpoint(str(tmp_path / "a.pt"), model=model.state_dict(), arch="small", **about)
-    again, state = common.load_encoder(str(tmp_path / "a.pt"))
+    path = tmp_path / "last.pt"
+    model = common.Encoder("small", "none").eval()
+    checkpoint(path, model=model.state_dict())
+    again, state = common.load_encoder(str(path))
     x = torch.randn(2, 3, 96, 48)
-    for wrong in (dict(size="48"), dict(size=(8, 8)), dict(parts="2"), dict(pooling="max"),
-                  dict(data=3), dict(arch="vgg"), dict(epoch="1"), dict(model=None),
-                  dict(model={1: 2}), dict(bf16="yes")):
-        state = dict(dict(model=model.state_dict(), arch="small", **about), **wrong)
-        common.save_checkpoint(str(tmp_path / "c.pt"), **state)
-        with pytest.raises(common.Problem):
-            common.load_encoder(str(tmp_path / "c.pt"))
-    common.save_checkpoint(str(tmp_path / "b.pt"), model=model.state_dict(), arch="resnet18",
-                           **about)
-    with pytest.raises(common.Problem, match="b.pt holds no network of --arch resnet18"):
-        common.load_encoder(str(tmp_path / "b.pt"))
+    assert torch.equal(again.eval()(x), model(x)) and state["data"] == "toy"
+    for wrong in (dict(size="48"), dict(size=(8, 8)), dict(parts="2"), dict(parts=9),
+                  dict(pooling="max"), dict(data=3), dict(arch="vgg"), dict(epoch="1"),
+                  dict(model=None), dict(model={1: 2}), dict(bf16="yes"), dict(lines="text"),
+                  dict(lines=[1]), dict(scores=None), dict(images=None), dict(seconds=1),
+                  dict(format=1)):
+        checkpoint(path, **wrong)
+        with pytest.raises(common.Problem, match="last.pt"):
+            common.load_encoder(str(path))
+    older(path)
+    with pytest.raises(common.Problem, match="last.pt .* older version"):
+        common.load_encoder(str(path))
+    checkpoint(path, arch="resnet18")
+    with pytest.raises(common.Problem, match="last.pt holds no network of --arch resnet18"):
+        common.load_encoder(str(path))

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import short
-from test_common import quantised, unit
+from conftest import quantised, short, unit
 
 import ccsd
 import common

@@ -5,7 +5,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import draw
+import toy
+from conftest import draw, program
 from PIL import Image
 
 import common
@@ -54,7 +55,7 @@ def test_counts_are_compared(tmp_path, capsys):
 
 @pytest.mark.parametrize("key", [k for k in common.DATASETS if not k.startswith("toy")])
 def test_every_key_reads_its_official_folder(tmp_path, key):
-    for folder in common.DATASETS[key].folders:
+    for folder in common.DATASETS[key][0]:
         parts = common.TRIPLES[1] if key == "veri776" else common.TRIPLES[0]
         for part in parts:
             touch(tmp_path / folder / part, "0001_c001_00016450_0.jpg", "0005_c2_f0046985.png")
@@ -139,16 +140,17 @@ def test_toy_set(tmp_path, domain, cameras, ids):
         assert len(set(train.cams[train.pids == person])) >= 2
 
 
-def test_toy_set_is_deterministic(tmp_path, monkeypatch):
-    common.make_toy(str(tmp_path / "a"), seed=3)
-    common.make_toy(str(tmp_path / "b"), seed=3)
-    common.make_toy(str(tmp_path / "c"), seed=4)
+def test_toy_set_is_deterministic(tmp_path, capfd):
+    assert program("tests/toy.py", tmp_path / "a", "--seed", 3).returncode == 0
+    toy.draw_set(str(tmp_path / "b"), seed=3)
+    toy.draw_set(str(tmp_path / "c"), seed=4)
     read = [{os.path.join(part, f): (tmp_path / d / part / f).read_bytes()
              for part in common.TRIPLES[0] for f in os.listdir(tmp_path / d / part)} for d in "abc"]
     assert read[0] == read[1] != read[2] and len(read[0]) > 2000
-    with pytest.raises(common.Problem, match="--root"):
-        common.make_toy("/dev/null/toy")
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]         # no draft is left behind
+    with pytest.raises(common.Problem, match="/dev/null/toy .*--root"):
+        common.draw_toy("/dev/null/toy", "toy")
+    assert "cannot draw into /dev/null/toy" in capfd.readouterr().err
 
 
 def test_read_images(tmp_path):

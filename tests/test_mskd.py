@@ -5,10 +5,10 @@ import os
 
 import numpy as np
 import pytest
+import slow
 import torch
 import torch.nn.functional as F
-from conftest import losses, program, short, weights
-from test_common import dense_jaccard
+from conftest import double, losses, program, refusal, short, weights
 
 import common
 import mskd
@@ -36,42 +36,27 @@ def test_mixed_distance_is_the_mix_of_three_dense_ones(n, k1, l1):
     features = views(n)
     features[:, 1] = features[:, 0]                                # a duplicate image
     sparse = mskd.mixed_distance(features, k1, l1)
-    got = np.ones((n, n))
-    got[np.repeat(np.arange(n), np.diff(sparse.indptr)), sparse.indices] = sparse.data
-    g, u, d = (dense_jaccard(view, k1, 6) for view in features)
+    g, u, d = (slow.jaccard_distance(view, k1) for view in features)
     wanted = (1 - 2 * l1) * g + l1 * u + l1 * d
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    np.testing.assert_allclose(slow.dense(sparse), wanted, atol=1e-5)
     assert (sparse.diagonal() < 1e-6).all() and sparse.nnz < n * n or n == 9
     for eps in (.35, .45, .6):
-        dense = common.DBSCAN(eps=eps + 1e-5, min_samples=4, metric="precomputed").fit(wanted)
-        if dense.labels_.max() > 0:
-            assert (common.dbscan(sparse, eps) == dense.labels_).all()
-
-
-def double(*shape, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, dtype=torch.float64, generator=g), dim=-1)
+        labels = slow.dbscan(wanted, eps)
+        if labels.max() > 0:
+            assert (common.dbscan(sparse, eps) == labels).all()
 
 
 def test_view_losses_and_distillation_losses():
-    q, t, memory = double(3, 8, 5), double(3, 8, 5, seed=1), double(3, 4, 5, seed=2)
-    k, fast, slow = torch.arange(8) % 4, q.clone().requires_grad_(), q.clone().requires_grad_()
-    t.requires_grad_()
-    got = [*mskd.view_losses(fast, memory, k, .05), *mskd.distillation_losses(fast, t)]
-    wanted = []
-    for v in range(3):
-        total = 0
-        for i in range(8):
-            s = [(slow[v, i] * m).sum() / .05 for m in memory[v]]
-            total = total - s[k[i]] + torch.log(sum(x.exp() for x in s))
-        wanted.append(total / 8)
-    for v in range(3):
-        wanted.append(sum(sum((slow[v, i, j] - t[v, i, j].detach()) ** 2 for j in range(5))
-                          for i in range(8)) / 8)
+    f, t, memory = (F.normalize(double(3, n, 5, seed=seed), dim=2).requires_grad_()
+                    for seed, n in enumerate((8, 8, 4)))
+    k = torch.arange(8) % 4
+    got = [*mskd.view_losses(f, memory, k, .05), *mskd.distillation_losses(f, t)]
+    wanted = [slow.cross_entropy(f[v] @ memory[v].T / .05, k) for v in range(3)]
+    wanted += [sum(sum((f[v, i, j] - t[v, i, j].detach()) ** 2 for j in range(5))
+                   for i in range(8)) / 8 for v in range(3)]
     for a, b in zip(got, wanted):
-        assert abs(a.item() - b.item()) < 1e-9
-        ga, gb = (torch.autograd.grad(x, y, retain_graph=True)[0]
-                  for x, y in ((a, fast), (b, slow)))
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+        ga, gb = (torch.autograd.grad(x, f, retain_graph=True)[0] for x in (a, b))
         torch.testing.assert_close(ga, gb, atol=1e-9, rtol=1e-9)
         assert ga.abs().sum() > 0
     assert not torch.autograd.grad(sum(got), t, allow_unused=True)[0]  # the teacher learns nothing
@@ -84,8 +69,9 @@ def test_end_to_end_and_a_second_run_does_nothing(both, tiny):
     assert done.returncode == 0, done.stderr
     teacher, student = losses(out / "teacher"), losses(out)
     assert [line["title"] for line in teacher] == ["start", "warmed up", "epoch 1/2", "epoch 2/2"]
-    assert [line["title"] for line in student] == ["start", "warmed up", "epoch 0/2", "epoch 1/2",
+    assert [line["title"] for line in student] == ["start", "warmed up", "first round", "epoch 1/2",
                                                    "epoch 2/2"]
+    assert [line.get("epoch") for line in student] == [None, None, 0, 1, 2]
     assert "D_g" not in teacher[-1] and {"L_g", "L_u", "L_d", "D_g", "D_u", "D_d"} <= {*student[-1]}
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert {str(path.relative_to(out)) for path in files} == {
@@ -124,39 +110,27 @@ def test_ids_do_not_leak(both, tiny, tmp_path, monkeypatch):
     assert not torch.equal(a["necks.0.weight"], weights(tmp_path / "c")["necks.0.weight"])
 
 
-def test_the_student_round_by_round(both, tiny, tmp_path, monkeypatch):
+def test_the_student_round_by_round(both, tiny, tmp_path, monkeypatch, watch, after_each_step):
     """Total loss, learning rate, memories and whose features: as methods and schedule say."""
-    total, rates, updates, terms, extracted = [], [], [], [], []
-    backward, step = torch.Tensor.backward, torch.optim.Adam.step
-    update, extract, add = common.update_memory, common.extract_features, common.Means.add
-
-    def note(record, call, what=lambda *args: None):
-        def wrapped(*args, **more):
-            record.append(what(*args, **more))
-            return call(*args, **more)
-        return wrapped
+    rates, update, updates = [], common.update_memory, []
+    after_each_step.append(lambda optimizer: rates.append(optimizer.param_groups[0]["lr"]))
     monkeypatch.setattr(common, "warm_up", lambda *args: None)
-    monkeypatch.setattr(torch.Tensor, "backward", note(total, backward, lambda x: x.item()))
-    monkeypatch.setattr(torch.optim.Adam, "step", note(
-        rates, step, lambda self, *more: self.param_groups[0]["lr"]))
-    monkeypatch.setattr(common, "update_memory", note(
-        updates, update, lambda memory, *more: len(total)))
-    monkeypatch.setattr(common, "extract_features", note(
-        extracted, extract, lambda model, images: next(model.parameters()).requires_grad))
-    monkeypatch.setattr(common.Means, "add", note(
-        terms, add, lambda self, **t: {k: torch.as_tensor(v).item() for k, v in t.items()}))
+    monkeypatch.setattr(common, "update_memory", lambda *args: (
+        updates.append(len(rates)), update(*args)))
+    L, D, extracted = (watch(mskd, "view_losses"), watch(mskd, "distillation_losses"),
+                       watch(common, "extract_features"))
     mskd.main(short(tiny, tmp_path, "--teacher", str(both[0] / "teacher"), "--l2", ".3", "--mu",
                     "2", "--lr-drop", "2", "--lr", "1e-3", "--epochs", "3", "--eval-every", "3"))
-    assert len(total) == 2 * 2 + 3 * 2                            # the first round is twice as long
+    assert len(L) == len(D) == 2 * 2 + 3 * 2                       # the first round is twice as long
     np.testing.assert_allclose(rates, [1e-3] * 6 + [1e-4] * 4)     # the drops count that round
     assert updates == [n for n in range(5, 11) for _ in range(3)]  # it leaves its memories alone
-    for value, t in zip(total, terms):
-        wanted = (.7 * (t["L_g"] + 2 * t["D_g"]) + .3 * (t["L_u"] + 2 * t["D_u"])
-                  + .3 * (t["L_d"] + 2 * t["D_d"]))
-        assert abs(value - wanted) < 1e-6 * wanted
+    for calls, weight in ((L, 1), (D, 2)):
+        for _, loss in calls:
+            torch.testing.assert_close(loss.grad, weight * torch.tensor([.7, .3, .3]))
     # queries and gallery twice, the teacher's features of the training images, queries and gallery,
     # the student's features for each epoch, queries and gallery
-    assert extracted == [True] * 4 + [False] + [True] * 2 + [True] * 3 + [True] * 2
+    learns = [next(model.parameters()).requires_grad for (model, *_), _ in extracted]
+    assert learns == [True] * 4 + [False] + [True] * 2 + [True] * 3 + [True] * 2
 
 
 def test_both_stages_start_from_the_same_network(tiny, tmp_path, monkeypatch):
@@ -168,15 +142,14 @@ def test_both_stages_start_from_the_same_network(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["batch", "running"])
-def test_no_step_changes_the_teacher(mode, both, tiny, tmp_path, monkeypatch):
-    kept = []
-    load = mskd.load_teacher
-    monkeypatch.setattr(mskd, "load_teacher", lambda *args: kept.append(load(*args)) or kept[0])
+def test_no_step_changes_the_teacher(mode, both, tiny, tmp_path, watch):
+    loaded = watch(mskd, "load_teacher")
     teacher = both[0] / "teacher"
     mskd.main(short(tiny, tmp_path, "--teacher", str(teacher), "--teacher-bn", mode))
-    before, after = weights(teacher), dict(kept[0].named_parameters())
+    (_, kept), = loaded
+    before, after = weights(teacher), dict(kept.named_parameters())
     assert all(torch.equal(before[key], after[key]) for key in after)
-    assert kept[0].training == (mode == "batch")
+    assert kept.training == (mode == "batch")
     if mode == "running":  # the default of other folders is batch
         assert losses(tmp_path)[-1]["D_g"] != losses(both[0])[-1]["D_g"]
 
@@ -188,10 +161,8 @@ def test_teachers_that_are_refused(both, tiny, tmp_path, capsys):
     teacher = out / "teacher" / "last.pt"
 
     def refuse(*more, says):
-        with pytest.raises(SystemExit) as stop:
-            common.run(lambda: mskd.main(short(tiny, tmp_path / "out", *map(str, more))))
-        errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-        assert stop.value.code == 2 and len(errors) == 1 and all(x in errors[0] for x in says)
+        line = refusal(lambda: mskd.main(short(tiny, tmp_path / "out", *map(str, more))), capsys)
+        assert all(x in line for x in says), line
         assert not (tmp_path / "out" / "last.pt").exists()
     refuse("--stage", "student", says=["no teacher", "--stage teacher"])
     refuse("--stage", "teacher", "--teacher", teacher.parent, says=["--teacher", "--stage"])
@@ -230,9 +201,7 @@ def test_a_finished_stage_with_other_flags_is_refused(both, tiny, capsys):
     for more, says in ((["--eps", ".5"], "--eps 0.55, now 0.5"), (["--mu", "3"], "--mu 1, now 3"),
                        (["--epochs", "4"], "stopped after epoch 2 of 4"),
                        (["--epochs", "1"], "--epochs 2, now 1")):
-        with pytest.raises(SystemExit) as stop:
-            common.run(lambda: mskd.main(short(tiny, out, *more)))
-        assert stop.value.code == 2 and says in capsys.readouterr().err
+        assert says in refusal(lambda: mskd.main(short(tiny, out, *more)), capsys)
     assert before == ((out / "last.pt").read_bytes(), (out / "teacher" / "last.pt").read_bytes())
 
 

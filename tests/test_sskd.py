@@ -8,9 +8,11 @@ import shutil
 
 import numpy as np
 import pytest
+import slow
 import torch
 import torch.nn.functional as F
-from conftest import draw, losses, program, short, weights
+import torchvision
+from conftest import double, draw, losses, older, program, refusal, same_loss, short, weights
 from scipy.sparse import csr_array
 
 import common
@@ -37,6 +39,16 @@ def finished(tiny, other, tmp_path_factory):
     return out, program("sskd.py", *pair(other, tiny, out))
 
 
+@pytest.fixture(scope="module")
+def resnet18(tmp_path_factory):
+    """Flags of runs that start from given weights, so that nothing is centred; these are random."""
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    return ["--arch", "resnet18", "--weights", str(path), "--nets", "2", "--epochs", "1", "--eps",
+            "0", "--rho", ".1", "--source-iters", "1", "--source-epochs", "1"]
+
+
 # ------------------------------------------------------------------------------------ its functions
 
 def sparse(dense):
@@ -57,26 +69,10 @@ def test_adaptive_eps_is_the_mean_of_the_smallest_share(rho):
     assert abs(sskd.adaptive_eps(sparse(dense), rho) - wanted) < 1e-7
 
 
-def double(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def check(fast, slow, x, atol=1e-6):
-    a, b = (x.clone().requires_grad_() for _ in range(2))
-    la, lb = fast(a), slow(b)
-    assert abs(la.item() - lb.item()) < atol
-    ga, gb = (torch.autograd.grad(*pair)[0] for pair in ((la, a), (lb, b)))
-    torch.testing.assert_close(ga, gb, atol=atol, rtol=1e-4)
-    assert gb.abs().sum() > 0
-
-
 def test_soft_label_loss():
     soft = double(6, 5, seed=1).softmax(1)
-
-    def slow(z):
-        q = z.exp() / z.exp().sum(1, keepdim=True)
-        return -sum(soft[i, j] * q[i, j].log() for i in range(6) for j in range(5)) / 6
-    check(lambda z: sskd.soft_label_loss(z, soft), slow, double(6, 5))
+    same_loss(lambda z: sskd.soft_label_loss(z, soft), lambda z: slow.cross_entropy(z, soft),
+              double(6, 5))
 
 
 @pytest.mark.parametrize("spread", [.3, 1, 3])
@@ -85,7 +81,7 @@ def test_multi_similarity_loss(spread):
     pooled = double(4, 6, seed=2)[labels] + spread * double(16, 6, seed=3)
     pooled[1] = pooled[0] * 2                                      # a pair at cosine 1 is left out
 
-    def slow(x):
+    def looped(x):
         unit, total = F.normalize(x), 0
         for i in range(16):
             s = unit @ unit[i]
@@ -97,7 +93,7 @@ def test_multi_similarity_loss(spread):
                 total = total + torch.log(1 + sum(torch.exp(-2 * (p - .5)) for p in kept)) / 2
                 total = total + torch.log(1 + sum(torch.exp(40 * (q - .5)) for q in hard)) / 40
         return total / 16
-    check(lambda x: sskd.multi_similarity_loss(x, labels), slow, pooled)
+    same_loss(lambda x: sskd.multi_similarity_loss(x, labels), looped, pooled, 1e-6, 1e-4)
 
 
 def test_multi_similarity_loss_of_a_solved_batch_is_zero():
@@ -108,10 +104,10 @@ def test_multi_similarity_loss_of_a_solved_batch_is_zero():
 
 
 def test_nuclear_norm_loss():
-    def slow(z):
+    def looped(z):
         p = z.softmax(1)
         return -torch.linalg.eigvalsh(p @ p.T).clamp(min=0).sqrt().sum() / 4
-    check(sskd.nuclear_norm_loss, slow, double(4, 9), atol=1e-5)
+    same_loss(sskd.nuclear_norm_loss, looped, double(4, 9), 1e-5, 1e-4)
     sure = 100 * torch.eye(5)                                      # sure and varied: the best
     assert abs(sskd.nuclear_norm_loss(sure).item() + 1) < 1e-6
     assert sskd.nuclear_norm_loss(sure[[0] * 5]).item() > -.5
@@ -175,80 +171,74 @@ def test_sources_are_trained_once_and_target_ids_do_not_leak(finished, tiny, oth
 
 
 @pytest.mark.parametrize("nets, shared", [(1, False), (2, False), (3, False), (3, True)])
-def test_views_peers_and_totals(nets, shared, finished, tiny, other, tmp_path, monkeypatch):
-    """View k reaches M_k and E_k only, soft labels come from the next slow copy, no gradient to it,
-    and the total is the weighted sum."""
-    forward, soft_loss, backward, add = (sskd.forward, sskd.soft_label_loss, torch.Tensor.backward,
-                                         common.Means.add)
-    calls, said, peers, total, terms = [], [], [], [], []
+def test_views_and_peers(nets, shared, finished, tiny, other, tmp_path, monkeypatch, watch):
+    """View i reaches M_i and E_i only; soft labels come from the next slow copy, no gradient to
+    it; what they hold is logged."""
+    forward, calls = sskd.forward, []
 
-    def spy_forward(model, batch, splits):
-        calls.append((id(model), batch.clone(), next(model.parameters()).requires_grad))
+    def noted(model, batch, splits):
+        calls.append((id(model), batch, next(model.parameters()).requires_grad))
         assert model.training                                      # batch statistics, all of them
         return forward(model, batch, splits)
-
-    def spy_soft(z, soft):
-        assert not soft.requires_grad
-        peers.append(soft)
-        return soft_loss(z, soft)
-    monkeypatch.setattr(sskd, "forward", spy_forward)
-    monkeypatch.setattr(sskd, "soft_label_loss", spy_soft)
-    monkeypatch.setattr(torch.Tensor, "backward",
-                        lambda x: (total.append(x.item()), backward(x))[1])
-    monkeypatch.setattr(common.Means, "add", lambda self, **t: (
-        "id" in t and terms.append({k: v.item() for k, v in t.items()}), add(self, **t))[1])
-    softmax = torch.Tensor.softmax
-
-    def spy_softmax(x, dim):
-        p = softmax(x, dim)
-        if not torch.is_grad_enabled() and dim == 1:
-            said.append(p)
-        return p
-    monkeypatch.setattr(torch.Tensor, "softmax", spy_softmax)
+    monkeypatch.setattr(sskd, "forward", noted)
+    said, lessons = watch(sskd, "soft_labels"), watch(sskd, "soft_label_loss")
+    batches = watch(common, "pk_batches")
     sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source"), "--nets",
                    str(nets), *["--shared-view"] * shared, "--epochs", "1", "--iters", "3"))
-    assert len(calls) == 2 * nets * 3 and len(said) == len(peers) == nets * 3
+    assert (len(calls), len(said), len(lessons)) == (2 * nets * 3, 3, nets * 3)
     for i in range(3):
         step = calls[2 * nets * i:2 * nets * (i + 1)]
-        slow, students = step[:nets], step[nets:]
-        assert not any(grad for *_, grad in slow) and all(grad for *_, grad in students)
+        copies, students = step[:nets], step[nets:]
+        assert not any(grad for *_, grad in copies) and all(grad for *_, grad in students)
         assert len({name for name, *_ in step}) == 2 * nets
+        each = said[i][1]                                          # what E_1..E_n say
         for n in range(nets):
-            assert torch.equal(slow[n][1], students[n][1])
+            assert torch.equal(copies[n][1], students[n][1])
             assert torch.equal(students[n][1], students[0][1]) == (shared or n == 0)
-            assert peers[nets * i + n] is said[nets * i + (n + 1) % nets]
-    for value, t in zip(total, terms):
-        wanted = .5 * t["id"] + .5 * t["soft"] + 3 * t["ms"] + 1.5 * t["nuc"]
-        assert abs(value - wanted) < 1e-5 * max(1, abs(wanted))
+            soft = lessons[nets * i + n][0][1]
+            assert not soft.requires_grad
+            assert [torch.equal(soft, one) for one in each] == [
+                m == (n + 1) % nets for m in range(nets)]
+    labels, last = batches[0][0][0], losses(tmp_path)[-1]
+    soft = torch.stack([result for _, result in said]).double().flatten(0, 1)  # (3 n, B, C)
+    k = np.repeat([labels[args[4]] for args, _ in said], nets, 0)  # (3 n, B)
+    assert last["soft_clusters"] == pytest.approx(math.exp(-(soft * soft.log()).sum(2).mean()))
+    assert last["soft_own"] == pytest.approx(
+        np.mean([p[b, k[s, b]] for s, p in enumerate(soft) for b in range(len(p))]))
 
 
 def test_the_slow_copy_is_the_result(finished, tiny, other, tmp_path, monkeypatch):
     """At alpha 1 the copies stay where the first steps left them: a mean of M's weights."""
-    seen, follow = [], sskd.follow
+    alphas, follow, total = [], sskd.follow, []
 
-    def spy(slow, fast, alpha):
-        slow, fast = list(slow), list(fast)
-        seen.append((alpha, fast[0].detach().clone()))
-        follow(slow, fast, alpha)
-    monkeypatch.setattr(sskd, "follow", spy)
-    sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source"), "--nets", "1",
+    def noted(copies, fast, alpha):
+        copies, fast = list(copies), list(fast)
+        alphas.append(alpha)
+        total[:] = [a + b.detach() for a, b in zip(total or [0] * len(fast), fast)]
+        follow(copies, fast, alpha)
+    monkeypatch.setattr(sskd, "follow", noted)
+    sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source"), "--nets", "2",
                    "--alpha", "1"))
-    assert [alpha for alpha, _ in seen] == [1 - 1 / (t + 1) for t in range(4)]  # t counts on
-    mean = sum(layer for _, layer in seen) / 4
-    torch.testing.assert_close(weights(tmp_path)["backbone.0.weight"], mean)
+    assert alphas == [1 - 1 / (t + 1) for t in range(4)]           # t counts on
+    state = common.load_checkpoint(str(tmp_path / "last.pt"))
+    first, second = (x / 4 for x in (total[0], total[len(total) // 2]))
+    torch.testing.assert_close(state["model"]["backbone.0.weight"], first)
+    torch.testing.assert_close(state["slow"]["0.backbone.0.weight"], first)
+    torch.testing.assert_close(state["slow"]["1.backbone.0.weight"], second)
 
 
-@pytest.mark.parametrize("term", ["id", "soft", "ms", "nuc"])
-def test_from_the_last_map_to_logits_and_gradients(term, tiny, other, tmp_path, monkeypatch):
+WEIGHTS = dict(id=.7, soft=.4, ms=3, nuc=1.5)
+
+
+@pytest.mark.parametrize("terms", [["id"], ["soft"], ["ms"], ["nuc"], [*WEIGHTS]], ids="+".join)
+def test_from_the_last_map_to_logits_and_gradients(terms, tiny, other, resnet18, tmp_path,
+                                                   monkeypatch, watch):
     """Everything behind the backbone once more in float64: average, batch norm, logits z = W B(x)
-    on the neck's output as it is (not of unit length), the term, its gradient to the map."""
-    import torchvision
-    torch.manual_seed(0)
-    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
-    maps, scale, rows = {}, {}, []
-    forward, cluster_means = sskd.forward, common.cluster_means
+    on the neck's output as it is (not of unit length), the weighted sum of terms, its gradient to
+    the map."""
+    maps, scale, forward = {}, {}, sskd.forward
 
-    def spy_forward(model, batch, splits):
+    def noted(model, batch, splits):
         def keep(_, __, output):
             if output.requires_grad:
                 output.retain_grad()
@@ -258,22 +248,18 @@ def test_from_the_last_map_to_logits_and_gradients(term, tiny, other, tmp_path, 
         result = forward(model, batch, splits)
         hook.remove()
         return result
-    monkeypatch.setattr(sskd, "forward", spy_forward)
-    monkeypatch.setattr(common, "cluster_means",
-                        lambda *args: (rows.append(cluster_means(*args)), rows[-1])[1])
+    monkeypatch.setattr(sskd, "forward", noted)
+    means = watch(common, "cluster_means")
     batches, index = common.pk_batches, []
     monkeypatch.setattr(common, "pk_batches", lambda labels, *args: (
         index.append((labels, i := next(batches(labels, *args)))), iter([i]))[1])
-    off = {name: "0" for name in ("id", "soft", "ms", "nuc")}
-    on = {**off, "id": "1e-12", term: "1"}                         # one of the labels' terms stays
-    sskd.main(pair(other, tiny, tmp_path / "out", "--arch", "resnet18", "--weights",
-                   str(tmp_path / "resnet18.pth"), "--nets", "2", "--epochs", "1", "--iters", "1",
-                   "--source-iters", "1", "--source-epochs", "1", "--eps", "0", "--rho", ".1",
-                   "--batch-size", "6", "--temp", "1.5",
-                   *(word for name, value in on.items() for word in (f"--{name}", value))))
+    weight = {name: value * (name in terms) for name, value in WEIGHTS.items()}
+    weight["id"] = weight["id"] or 1e-12                           # one of the labels' terms stays
+    sskd.main(pair(other, tiny, tmp_path, *resnet18, "--iters", "1", "--temp", "1.5",
+                   *(word for name in weight for word in (f"--{name}", str(weight[name])))))
     labels, picked = index[-1]
     k = torch.from_numpy(labels)[picked]
-    W = rows[0].double() / 1.5
+    W = means[0][1].double() / 1.5
     torch.testing.assert_close(W.norm(dim=1), torch.ones(len(W)).double() / 1.5)
     *_, slow1, slow2, first, second = maps                         # after both source networks
 
@@ -287,46 +273,34 @@ def test_from_the_last_map_to_logits_and_gradients(term, tiny, other, tmp_path, 
         last = maps[student].detach().double().requires_grad_()
         pooled, z = logits(student, last)
         p = logits(teacher, maps[teacher].double())[1].softmax(1)
-        log_q = z.log_softmax(1)
         smooth = F.one_hot(k, len(W)) * .9 + .1 / len(W)
-        loss = dict(id=-(smooth * log_q).sum(1).mean(), soft=-(p * log_q).sum(1).mean(),
-                    ms=sskd.multi_similarity_loss(pooled.double(), k),
-                    nuc=-torch.linalg.svdvals(log_q.exp()).sum() / 6)[term]
-        loss.backward()
+        term = dict(id=slow.cross_entropy(z, smooth), soft=slow.cross_entropy(z, p),
+                    ms=sskd.multi_similarity_loss(pooled, k),
+                    nuc=-torch.linalg.svdvals(z.softmax(1)).sum() / 6)
+        sum(weight[name] * term[name] for name in terms).backward()
         wanted = last.grad
         assert wanted.abs().max() > 1e-6
         torch.testing.assert_close(maps[student].grad.double(), wanted, rtol=1e-3,
                                    atol=2e-4 * wanted.abs().max().item())
 
 
-def test_soft_labels_are_free_of_the_camera(finished, tiny, other, tmp_path, monkeypatch):
-    """From random weights (N2): the direction of B(x) loses its camera's mean, its length stays;
+def test_soft_labels_are_free_of_the_camera(finished, tiny, other, tmp_path, watch):
+    """From random weights (W): the direction of B(x) loses its camera's mean, its length stays;
     and the rows it meets are means of features without theirs, network by network."""
-    seen = {}
-
-    def spy(where, name):
-        call = getattr(where, name)
-
-        def wrapped(*args, **more):
-            result = call(*args, **more)
-            seen.setdefault(name, []).append((args, result))
-            return result
-        monkeypatch.setattr(where, name, wrapped)
-    for where, name in ((sskd, "forward"), (sskd, "soft_label_loss"),
-                        (common, "extract_features"), (common, "pk_batches")):
-        spy(where, name)
+    outputs, lessons = watch(sskd, "forward"), watch(sskd, "soft_label_loss")
+    extracted, batches = watch(common, "extract_features"), watch(common, "pk_batches")
     sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source"), "--nets", "2",
                    "--epochs", "1", "--iters", "1"))
     cams = common.load(str(tiny))[0].cams
-    each = [f.double() for _, f in seen["extract_features"] if len(f) == len(cams)]
+    each = [f.double() for _, f in extracted if len(f) == len(cams)]
     means = [torch.stack([f[cams == v].mean(0) for v in range(3)])[cams] for f in each]
     free = sum(F.normalize(f - m) for f, m in zip(each, means))
-    labels = seen["pk_batches"][0][0][0]
+    labels = batches[0][0][0]
     rows = torch.stack([F.normalize(F.normalize(free)[labels == c].mean(0), dim=0)
                         for c in range(labels.max() + 1)])
     for i in range(2):
-        neck = seen["forward"][i][1][1].double()                   # of E_i, no gradient
-        soft = seen["soft_label_loss"][1 - i][0][1]                # the other one's lesson
+        neck = outputs[i][1][1].double()                           # of E_i, no gradient
+        soft = lessons[1 - i][0][1]                                # the other one's lesson
         for b, found in zip(neck, soft):                           # of one of the cameras it is
             wanted = torch.stack([
                 (rows @ F.normalize(b / b.norm() - m, dim=0) * b.norm() / 1.6).softmax(0)
@@ -334,45 +308,38 @@ def test_soft_labels_are_free_of_the_camera(finished, tiny, other, tmp_path, mon
             assert (wanted - found).abs().max(1).values.min() < 1e-4
 
 
-def test_slow_classifiers_follow_when_nothing_is_centred(tiny, other, tmp_path, monkeypatch):
+def test_slow_classifiers_follow_when_nothing_is_centred(tiny, other, resnet18, tmp_path,
+                                                         monkeypatch):
     """As in the authors' code: started from given weights, the copies of the classifiers follow."""
-    import torchvision
-    torch.manual_seed(0)
-    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
-    follow, shapes, jitters = sskd.follow, [], []
-    augment = common.augment
+    follow, shapes, augment, jitters = sskd.follow, [], common.augment, []
 
-    def spy(slow, fast, alpha):
-        slow, fast = list(slow), list(fast)
-        shapes.append(tuple(slow[0].shape))
-        follow(slow, fast, alpha)
-    monkeypatch.setattr(sskd, "follow", spy)
+    def noted(copies, fast, alpha):
+        copies, fast = list(copies), list(fast)
+        shapes.append([tuple(x.shape) for x in (fast[0], fast[len(fast) // 2])])
+        follow(copies, fast, alpha)
+        assert all(torch.equal(a, b) for a, b in zip(copies, fast)) == (len(shapes) <= 2)
+    monkeypatch.setattr(sskd, "follow", noted)
     monkeypatch.setattr(common, "augment", lambda *args, **more: (
         jitters.append(more.get("jitter", 0)), augment(*args, **more))[1])
-    sskd.main(pair(other, tiny, tmp_path / "out", "--arch", "resnet18", "--weights",
-                   str(tmp_path / "resnet18.pth"), "--nets", "1", "--epochs", "1", "--eps", "0",
-                   "--rho", ".1", "--batch-size", "4", "--source-iters", "1"))
-    assert len(shapes) == 4 and shapes[0] == (64, 3, 7, 7) and shapes[1][1] == 512
+    sskd.main(pair(other, tiny, tmp_path, *resnet18, "--batch-size", "4"))
+    assert len(shapes) == 4 and shapes[0] == shapes[2] == [(64, 3, 7, 7)] * 2
+    assert shapes[1] == shapes[3] and [width for _, width in shapes[1]] == [512, 512]
     assert not any(jitters)
 
 
 def test_source_training_lets_the_target_pass_and_learns_the_source(tiny, other, tmp_path,
-                                                                    monkeypatch):
+                                                                    monkeypatch, after_each_step):
     forward, learns, rates = sskd.forward, [], []
-    step = torch.optim.Adam.step
     monkeypatch.setattr(sskd, "forward", lambda *args: (learns.append(torch.is_grad_enabled()),
                                                         forward(*args))[1])
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *more: (
-        rates.append(self.param_groups[0]["lr"]), step(self, *more))[1])
+    after_each_step.append(lambda optimizer: rates.append(optimizer.param_groups[0]["lr"]))
     args = sskd.get_args(pair(other, tiny, tmp_path, "--source-epochs", "16", "--source-iters", "1",
                               "--lr", "1e-3"))
-    source, target = (common.load(str(name))[0] for name in (other, tiny))
-    images = [common.read_images(split, 64, 32) for split in (source, target)]
-    log = common.Log(str(tmp_path / "2"), "cpu", args, "source_epochs")
-    sskd.train_source(args, 2, log, source, *images)
+    images = common.read_images(common.load(str(tiny))[0], 64, 32)
+    sskd.train_source(args, 2, torch.device("cpu"), images)
     assert learns == [False, True] * 16                            # the target first, as in the code
     np.testing.assert_allclose(rates, [5.05e-4] + [1e-3] * 6 + [1e-4] * 6 + [1e-5] * 3)
-    assert losses(tmp_path / "2")[-1]["source"] < math.log(9) + 2
+    assert losses(tmp_path / "source" / "2")[-1]["source"] < math.log(9) + 2
 
 
 # ----------------------------------------------------------------------------------------- refusals
@@ -381,11 +348,8 @@ def test_pairs_that_are_refused(finished, tiny, other, tmp_path, capsys):
     sources = finished[0] / "source"
 
     def refuse(*flags, says, out=tmp_path / "out"):
-        with pytest.raises(SystemExit) as stop:
-            common.run(lambda: sskd.main(pair(other, tiny, out, *map(str, flags))))
-        errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-        assert stop.value.code == 2 and len(errors) == 1, errors
-        assert all(x in errors[0] for x in says), errors[0]
+        line = refusal(lambda: sskd.main(pair(other, tiny, out, *map(str, flags))), capsys)
+        assert all(x in line for x in says), line
         assert not (tmp_path / "out" / "last.pt").exists()
     refuse("--source", tiny, says=["--source and --data", "two data sets"])
     refuse("--source", "/nowhere", says=["/nowhere"])
@@ -409,6 +373,9 @@ def test_pairs_that_are_refused(finished, tiny, other, tmp_path, capsys):
     state = common.load_checkpoint(str(sources / "1" / "last.pt"))
     common.save_checkpoint(str(tmp_path / "half" / "1" / "last.pt"), **{**state, "epoch": 1})
     refuse(*lower, says=["stopped after epoch 1 of 2", "--resume"])
+    older(tmp_path / "half" / "1" / "last.pt")
+    refuse(*lower, says=[os.path.join("half", "1"), "older version", "--out"])
+    (tmp_path / "half" / "1" / "last.pt").write_bytes(whole)
     refuse(*lower[:2], says=["no source network in", os.path.join("half", "2"), "lower --nets"])
     shutil.copytree(sources, tmp_path / "out" / "source", dirs_exist_ok=True)
     refuse("--seed", "1", says=["--seed 0, now 1"])                # the run's own are of its seed

@@ -1,0 +1,331 @@
+"""Run the rows of a table with several seeds, and print the table: mean, deviation, seed by seed.
+
+  python tests/ablate.py sskd-toy               run what is not in results.jsonl yet, then print
+  python tests/ablate.py sskd-toy --print       only print
+  python tests/ablate.py verdicts               the README's table: each paper's claim, and what of
+                                                it was shown
+  python tests/ablate.py ccsd-market --root data --weights FILE      a table on real images
+
+Two runs at a time, one thread each; Ctrl-C at any time, the same command goes on. A finished run
+adds a line to tests/results.jsonl, and every figure of a printed table comes from that file. The
+differences are paired by seed; the intervals are Student's.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TOP, RESULTS = os.path.dirname(HERE), os.path.join(HERE, "results.jsonl")
+TEN, THREE = range(10), range(3)
+
+
+class Row(NamedTuple):
+    flags: str          # {NAME} stands for the folder of that row's run with the same seed
+    against: str = ""   # the row whose scores are subtracted
+    seeds: range = TEN
+
+
+class Table(NamedTuple):
+    page: str
+    rows: dict          # name: Row
+    flags: str = ""     # of every row
+    real: bool = False  # needs --root and --weights
+
+
+CPU = ("--data market1501 --arch resnet18-layer3 --size 128 64 --epochs 20 --iters 100 --batch-size"
+       " 64 --num-instances 4 --bn-splits 1 --bf16 --lr-drop 0 --eval-every 20")
+PAIR = ("--source cuhk03 --data market1501 --arch resnet18-layer3 --size 96 48 --source-epochs 10 "
+        "--epochs 10 --iters 200 --bf16 --bn-splits 1 --rho 4e-4 --lr-drop 0 --eval-every 10")
+CCSD = {
+    "baseline (ClusterContrast)": Row("--refine none"),
+    "+ split": Row("--kd 0 --cross 0", "baseline (ClusterContrast)"),
+    "+ split + cross": Row("--kd 0", "+ split"),
+    "+ split + cross + distillation": Row("", "+ split + cross"),
+    "+ split + distillation, no cross": Row("--cross 0", "+ split")}
+MSKD = {
+    "teacher": Row("--stage teacher"),
+    "student, labels alone": Row("--stage student --teacher {teacher}/teacher --mu 0", "teacher"),
+    "student, labels and distillation": Row("--stage student --teacher {teacher}/teacher",
+                                            "student, labels alone")}
+SOURCES = "--sources {default}/source"
+TABLES = {
+    "ccsd-toy": Table("ccsd.py", {
+        **CCSD,
+        "all terms against the baseline": Row("", "baseline (ClusterContrast)"),
+        "bound: baseline on the true ids": Row("--refine none --true-ids", seeds=THREE)}),
+    "mskd-toy": Table("mskd.py", {
+        **MSKD, "teacher as long as both stages": Row("--stage teacher --epochs 41", "teacher")}),
+    "sskd-toy": Table("sskd.py", {
+        "default": Row(""),
+        "identity learning alone": Row(f"{SOURCES} --soft 0 --ms 0 --nuc 0"),
+        "identity learning + soft labels": Row(f"{SOURCES} --ms 0 --nuc 0",
+                                               "identity learning alone"),
+        "default without soft labels": Row(f"{SOURCES} --soft 0", "default"),
+        "default without nuclear norm": Row(f"{SOURCES} --nuc 0", "default", THREE),
+        "one network": Row(f"{SOURCES} --nets 1", "default", THREE),
+        "one network without soft labels": Row(f"{SOURCES} --nets 1 --soft 0", "one network",
+                                               THREE),
+        "two networks": Row(f"{SOURCES} --nets 2", "default", THREE),
+        "one view for all networks": Row(f"{SOURCES} --shared-view", "default", THREE),
+        "tau of the code": Row("--temp 1", "default", THREE),
+        "alpha of the code": Row(f"{SOURCES} --alpha .999", "default", THREE),
+        "bound: true ids": Row(f"{SOURCES} --true-ids", "default", THREE)}),
+    "ccsd-market": Table("ccsd.py", {
+        name: row._replace(seeds=THREE) for name, row in {
+            **CCSD, "all terms, reassign": Row("--refine reassign",
+                                               "+ split + cross + distillation")}.items()},
+        CPU, True),
+    "mskd-market": Table("mskd.py", {name: row._replace(seeds=THREE) for name, row in MSKD.items()},
+                         CPU, True),
+    "sskd-market": Table("sskd.py", {
+        "default": Row("", seeds=range(1)),
+        "default without soft labels": Row(f"{SOURCES} --soft 0", "default", range(1)),
+        "one network": Row(f"{SOURCES} --nets 1", "default", range(1)),
+        "one network without soft labels": Row(f"{SOURCES} --nets 1 --soft 0", "one network",
+                                               range(1))}, PAIR, True)}
+VERDICTS = [  # the claim in the paper's words, what was compared, table, row, against
+    ("CCSD: refined clusters by camera", "all terms against ClusterContrast", "ccsd",
+     "+ split + cross + distillation", "baseline (ClusterContrast)"),
+    ("CCSD: intra-camera similarity teaches cross-camera similarity",
+     "distillation on and off (`--kd 0`)", "ccsd", "+ split + cross + distillation",
+     "+ split + cross"),
+    ("the same, as the only bridge between cameras", "on and off, both with `--cross 0`", "ccsd",
+     "+ split + distillation, no cross", "+ split"),
+    ("MSKD: a student that meets less label noise", "student against its teacher", "mskd",
+     "student, labels and distillation", "teacher"),
+    ("MSKD: the teacher guides the student", "distillation on and off (`--mu 0`)", "mskd",
+     "student, labels and distillation", "student, labels alone"),
+    ("SSKD: soft labels beside hard ones", "soft labels on and off (`--soft 0`)", "sskd",
+     "default", "default without soft labels"),
+    ("the same, without the code's two other terms", "on and off, both with `--ms 0 --nuc 0`",
+     "sskd", "identity learning + soft labels", "identity learning alone")]
+
+
+# =========================================================================================== running
+
+
+def folder(name, row, seed):
+    """-> the folder of a run, relative to TOP."""
+    return os.path.join("runs", name, f"{re.sub('[^a-z0-9]+', '-', row.lower()).strip('-')}-s{seed}")
+
+
+def command(name, row, seed):
+    """-> what is run, as a list of words, and what identifies it among the results."""
+    table = TABLES[name]
+    flags = f"{table.flags} {table.rows[row].flags} --seed {seed}"
+    words = flags.format_map({other: folder(name, other, seed) for other in table.rows}).split()
+    return [table.page, *words, "--out", folder(name, row, seed)], f"{table.page} {flags}".split()
+
+
+def read_results():
+    """-> {words of a command: what its run gave}."""
+    if not os.path.exists(RESULTS):
+        return {}
+    with open(RESULTS, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    return {tuple(line["command"].split()): line for line in lines}
+
+
+def harvest(name, row, seed):
+    """-> the line for results.jsonl of a finished run, or None."""
+    words, key = command(name, row, seed)
+    out = os.path.join(TOP, folder(name, row, seed))
+    out = os.path.join(out, "teacher") if "--stage teacher" in " ".join(words) else out
+    try:
+        with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as file:
+            head, *lines = [json.loads(line) for line in file]
+    except OSError:
+        return None
+    last = lines[-1] if lines else {}
+    if last.get("epoch") != head["args"]["epochs"]:
+        return None
+    scored = {f"{line['epoch']} {line['title']}": line["scores"]["mAP"] for line in lines
+              if "scores" in line}
+    return dict(command=" ".join(key), commit=head["commit"], torch=head["torch"],
+                threads=head["threads"], seconds=last["seconds"], scores=last["scores"],
+                quality=last.get("quality"), losses=last["losses"], mAP=scored)
+
+
+def run_table(name, more):
+    """Run what has no result yet, two seeds at a time; `more`: flags that no result depends on."""
+    lock, queue = threading.Lock(), sorted({s for row in TABLES[name].rows.values()
+                                            for s in row.seeds})
+    stop, running = threading.Event(), set()
+
+    def work():
+        while not stop.is_set():
+            with lock:
+                if not queue:
+                    return
+                seed = queue.pop(0)
+            for row, about in TABLES[name].rows.items():
+                if seed in about.seeds and not stop.is_set():
+                    run_row(row, seed)
+
+    def run_row(row, seed):
+        words, key = command(name, row, seed)
+        with lock:
+            if tuple(key) in read_results():
+                needed = any(f"{{{row}}}" in other.flags and seed in other.seeds
+                             and tuple(command(name, title, seed)[1]) not in read_results()
+                             for title, other in TABLES[name].rows.items())
+                if not needed or harvest(name, row, seed):
+                    return
+        out = os.path.join(TOP, folder(name, row, seed))
+        os.makedirs(out, exist_ok=True)
+        print(f"{row}, seed {seed}: python {shlex.join(words)}", flush=True)
+        with open(f"{out}.txt", "a", encoding="utf-8") as text:
+            process = subprocess.Popen(
+                [sys.executable, *words, *more, "--resume"], cwd=TOP, stdout=text, stderr=text,
+                env=dict(os.environ, OMP_NUM_THREADS="1"))
+            running.add(process)
+            code = process.wait()
+            running.discard(process)
+        result = harvest(name, row, seed)
+        if code or not result:
+            print(f"{row}, seed {seed}: exit code {code}, see {out}.txt", flush=True)
+            return
+        with lock:
+            if tuple(key) not in read_results():
+                with open(RESULTS, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(result) + "\n")
+        print(f"{row}, seed {seed}: {100 * result['scores']['mAP']:.1f} mAP, "
+              f"{result['seconds'] / 60:.1f} minutes", flush=True)
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:
+        stop.set()
+        for process in list(running):
+            process.terminate()
+        for worker in workers:
+            worker.join()
+        print("stopped; the same command goes on")
+
+
+# ========================================================================================== printing
+
+
+def results_of(name, row, results):
+    """-> {seed: result} of the finished runs of a row."""
+    found = {seed: results.get(tuple(command(name, row, seed)[1]))
+             for seed in TABLES[name].rows[row].seeds}
+    return {seed: result for seed, result in found.items() if result}
+
+
+def spread(values):
+    """-> mean ± standard deviation, per cent."""
+    values = 100 * np.array(values)
+    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def difference(mine, other, alpha=.05):
+    """Two {seed: result} -> differences in mAP by seed, in points, and Student's interval."""
+    seeds = sorted(mine.keys() & other.keys())
+    by_seed = np.array([100 * (mine[s]["scores"]["mAP"] - other[s]["scores"]["mAP"]) for s in seeds])
+    if len(by_seed) < 2:
+        return by_seed, (-np.inf, np.inf)
+    half = stats.t.ppf(1 - alpha / 2, len(by_seed) - 1) * stats.sem(by_seed)
+    return by_seed, (by_seed.mean() - half, by_seed.mean() + half)
+
+
+def describe(by_seed, interval):
+    """-> a difference as text."""
+    if not len(by_seed):
+        return "not run"
+    text = f"{by_seed.mean():+.1f}"
+    if len(by_seed) > 1:
+        text += f" [{interval[0]:.1f}, {interval[1]:.1f}]"
+    return f"{text}, {(by_seed > 0).sum()} of {len(by_seed)} seeds gain"
+
+
+def print_table(name):
+    table, results = TABLES[name], read_results()
+    runs = {row: results_of(name, row, results) for row in table.rows}
+    every = [result for row in runs.values() for result in row.values()]
+    soft = any("soft_own" in result["losses"] for result in every)
+    print(f"`python {' '.join([table.page, *table.flags.split()])} --seed S` and the flags of the "
+          "row" + (", `--root` and `--weights`" if table.real else "") + ".\n")
+    print("| row | flags | mAP | mAP by seed | R1 | ARI of the labels | "
+          + ("clusters in a soft label, weight on its own | " * soft) + "difference in mAP |")
+    print("|" + "---|" * (7 + soft))
+    for row, about in table.rows.items():
+        mine = runs[row]
+        cells = [row, f"`{about.flags}`" if about.flags else ""]
+        if mine:
+            cells += [spread([x["scores"]["mAP"] for x in mine.values()]),
+                      " / ".join(f"{100 * x['scores']['mAP']:.1f}" for x in mine.values()),
+                      spread([x["scores"]["rank1"] for x in mine.values()]),
+                      f"{np.mean([x['quality']['ARI'] for x in mine.values()]):.2f}"]
+            if soft:
+                cells.append(", ".join(
+                    f"{np.mean([x['losses'][key] for x in mine.values()]):.2f}"
+                    for key in ("soft_clusters", "soft_own")))
+        else:
+            cells += ["not run"] + [""] * (3 + soft)
+        if about.against:
+            gain = difference(mine, runs[about.against])
+            cells.append(f"to \"{about.against}\": {describe(*gain)}" if len(gain[0]) else "")
+        else:
+            cells.append("")
+        print("| " + " | ".join(cells) + " |")
+    if every:
+        minutes = np.array([x["seconds"] / 60 for x in every])
+        print(f"\n{len(every)} runs, {minutes.min():.1f} to {minutes.max():.1f} minutes each, "
+              f"{'/'.join(sorted({str(x['threads']) for x in every}))} thread, torch "
+              f"{'/'.join(sorted({x['torch'] for x in every}))}, commit "
+              f"{', '.join(sorted({x['commit'] for x in every}))}.")
+
+
+def print_verdicts():
+    results = read_results()
+    print("| claim of the paper | compared | toy set: difference in mAP | Market-1501 | verdict |\n"
+          "|---|---|---|---|---|")
+    for claim, compared, page, row, against in VERDICTS:
+        gains = [difference(*(results_of(f"{page}-{data}", which, results)
+                              for which in (row, against))) for data in ("toy", "market")]
+        measured = [interval for by_seed, interval in gains if len(by_seed) > 1]
+        verdict = "not shown"
+        if len(measured) == 2 and all(low > 0 for low, _ in measured):
+            verdict = "shown"
+        elif measured and all(high < 0 for _, high in measured):
+            verdict = "refuted"
+        elif measured and measured[0][0] > 0:
+            verdict = "shown on the toy set"
+        print(f"| {claim} | {compared} | {' | '.join(describe(*gain) for gain in gains)} | "
+              f"{verdict} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=(*TABLES, "verdicts"))
+    parser.add_argument("--print", action="store_true", help="run nothing")
+    parser.add_argument("--root", help="where data sets are")
+    parser.add_argument("--weights", help="weights that the runs start from")
+    args = parser.parse_args()
+    if args.table == "verdicts":
+        return print_verdicts()
+    if not args.print:
+        more = [word for flag in ("root", "weights") if getattr(args, flag)
+                for word in (f"--{flag}", getattr(args, flag))]
+        run_table(args.table, more)
+    print_table(args.table)
+
+
+if __name__ == "__main__":
+    main()
