@@ -42,12 +42,10 @@ Run
 
 import math
 
+import common  # before torch: Ctrl-C during the imports is quiet
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
-
-import common
 
 SETTINGS = {  # defaults of the flags; how those of the toy set were chosen: tests/RESULTS.md
     "toy": dict(arch="small", weights="none", size=(96, 48), eps=.45, k1=20, epochs=20, iters=24,
@@ -214,7 +212,7 @@ def main(argv=None):
     if not kept:  # a new run, not one that --resume goes on with
         log.epoch("start", scores=common.test(model, test_set))
         if from_scratch:  # W
-            common.warm_up(model, images, cams, generator)
+            common.warm_up(model, images, cams, generator, args.warm_up)
             log.epoch("warmed up", scores=common.test(model, test_set))
 
     for epoch in range(kept.get("epoch", 0), args.epochs):
@@ -248,7 +246,7 @@ def main(argv=None):
         model.train()
         means, across = common.Means(), epoch >= min(GROUP_START, args.epochs // 4)  # N3
         batches = common.pk_batches(labels, cams, P, K, args.iters, generator)
-        for step, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", args.iters, leave=False)):
+        for step, index in log.steps(batches, f"epoch {epoch + 1}", args.iters):
             # 5a features of augmented images, chunk by chunk as if on --bn-splits GPUs
             batch = common.augment(common.take(images, index, device), generator,
                                    jitter=.5 if from_scratch else 0)
@@ -291,8 +289,8 @@ def main(argv=None):
         due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
         scores = common.test(model, test_set) if due else {}
         log.epoch(f"epoch {epoch + 1}/{args.epochs}", quality, losses, scores, epoch=epoch + 1,
-                  unrefined_ARI=unrefined["ARI"], keep=dict(state, labels=labels))
-    return scores
+                  unrefined_ARI=unrefined.get("ARI"), keep=dict(state, labels=labels))
+    return log.finish(scores, train, labels)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,12 @@ mistake in use or in the data raises Problem: one line that says what is wrong a
 
 import argparse
 import contextlib
+import csv
+import difflib
+import functools
+import glob
+import hashlib
+import io
 import json
 import math
 import os
@@ -32,8 +38,12 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
+
+# Ctrl-C while torch is imported ends a program without a traceback
+sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
 
 import numpy as np
 import sklearn
@@ -54,6 +64,9 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+progress = functools.partial(tqdm, leave=False, disable=None)  # a bar on a terminal, else nothing
+
 
 class Problem(Exception):
     """Something the user can mend. The message is one line: what is wrong, where, what to do."""
@@ -66,18 +79,19 @@ class Split(NamedTuple):
     """N images: where they lie, who is on them, which camera took them."""
 
     paths: list       # N file names
-    pids: np.ndarray  # (N,) int64 person ids; those of unlabelled images only measure label quality
+    pids: np.ndarray  # (N,) int64 person ids, -1: unknown; in training they only measure labels
     cams: np.ndarray  # (N,) int64 cameras, 0..V-1
 
 
 def load(name, root="data", at_least=1, draw=True):
     """Read a data set -> train, query, gallery, a Split each, sorted by file name.
 
-    name: a key of DATASETS, looked for below `root`, or any folder that holds one of TRIPLES; with
-    :source or :target behind it, a half of it (take_half). A file name starts with the person and
-    the camera, 0002_c1...; person -1 is junk and dropped, person 0 a distractor, a wrong answer to
-    every query. Cameras are renumbered 0..V-1. draw: draw a toy set that is missing. Raises Problem
-    for what cannot be read, and for fewer than `at_least` training images.
+    name: a key of DATASETS, looked for below `root`, or a folder: one that holds one of TRIPLES or
+    its training part alone, or images of one's own (read_own); with :source or :target behind it, a
+    half of it (take_half). A file name starts with the person and the camera, 0002_c1...; person -1
+    is junk and dropped, person 0 a distractor, a wrong answer to every query. Cameras are
+    renumbered 0..V-1. draw: draw a toy set that is missing. Raises Problem for what cannot be read,
+    and for fewer than `at_least` training images.
     """
     name, half = name.rsplit(":", 1) if name.endswith((":source", ":target")) else (name, None)
     folder, rows = find_and_read(name, root, draw)
@@ -87,12 +101,14 @@ def load(name, root="data", at_least=1, draw=True):
     check_rows(name, folder, rows, at_least)
     cameras = sorted({camera for split in rows for _, _, camera in split})
     splits = []
-    for paths, people, seen_by in (zip(*split) for split in rows):
-        cams = np.searchsorted(cameras, seen_by).astype(np.int64)
-        splits.append(Split(list(paths), np.array(people, np.int64), cams))
+    for split in rows:
+        people = [-1 if person is None else person for _, person, _ in split]
+        cams = np.searchsorted(cameras, [camera for _, _, camera in split])
+        splits.append(Split([path for path, _, _ in split], np.array(people, np.int64),
+                            cams.astype(np.int64)))
     sizes = ", ".join(f"{kind} {len(split.paths):,} images of {len(np.unique(split.pids)):,}"
                       for kind, split in zip(KINDS, splits))
-    print(f"{name}: {folder}, {len(cameras)} cameras; {sizes} ids", file=sys.stderr)
+    say(f"{name}: {folder}, {len(cameras)} cameras; {sizes} ids", sys.stderr)
     return splits
 
 
@@ -113,7 +129,7 @@ def read_images(split, height, width):
 
     pool = ThreadPoolExecutor()
     try:
-        list(tqdm(pool.map(read, range(len(images))), "decoding images", len(images), leave=False))
+        list(progress(pool.map(read, range(len(images))), "decoding images", len(images)))
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
     return images
@@ -324,7 +340,7 @@ def extract_features(model, images, batch_size=256):
     eval mode, which is left again; images need not fit on the device."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
-    batches = tqdm(images.split(batch_size), "extracting features", leave=False)
+    batches = progress(images.split(batch_size), "extracting features")
     features = torch.cat([model(normalise(send(batch, device))) for batch in batches], -2)
     model.train(training)
     return features
@@ -337,7 +353,7 @@ def nearest(features, k, block=512):
     search = bfloat16_search if bfloat16_pays(features, k) else exact_search  # the same, appendix B
     search = search(features)
     blocks = torch.arange(len(features), device=features.device).split(block)
-    ranks = [search(rows, k).cpu() for rows in tqdm(blocks, "nearest neighbours", leave=False)]
+    ranks = [search(rows, k).cpu() for rows in progress(blocks, "nearest neighbours")]
     return torch.cat(ranks).numpy()
 
 
@@ -371,8 +387,7 @@ def jaccard_distance(features, k1=30, k2=6, max_distance=1.):
     rank = nearest(features, k1)
     vectors = reciprocal_vectors(features, rank, k1, k2, lambda cosine, _: np.exp(2 * cosine - 2))
     rows = []
-    for shared in tqdm(overlaps(vectors, vectors), "Jaccard distance", len(rank) // 256 + 1,
-                       leave=False):
+    for shared in progress(overlaps(vectors, vectors), "Jaccard distance", len(rank) // 256 + 1):
         shared.data = (1 - shared.data / (2 - shared.data)).clip(0)               # J(i, j)
         keep = shared.data <= max_distance + 1e-4  # dbscan's eps is a little wider too
         ends = np.concatenate([[0], keep.cumsum()])[shared.indptr]
@@ -449,13 +464,14 @@ def per_entry(values, matrix):
 # ====================================================================================== 7 clusters
 
 
-def dbscan(distance, eps, min_samples=4, at_least=2, instead=None):
+def dbscan(distance, eps, min_samples=4, at_least=2, instead=None, flag="--eps"):
     """DBSCAN (Ester et al., KDD 1996) on a sparse distance -> (N,) int64 labels, -1 = outlier.
 
     Pairs that are not stored are never neighbours; an image counts itself. 1e-5 is added to eps:
     two images that share s of their k2 neighbours and nothing else are at exactly 1 - s / (2 k2 -
     s), and rounding must not decide on which side of eps they fall. Fewer than `at_least` clusters
-    are a collapse: the labels `instead` and a warning, or a Problem if there are none.
+    are a collapse: the labels `instead` and a warning, or a Problem if there are none; `flag` is
+    the one that changes eps.
     """
     graph = sort_graph_by_row_values(distance, copy=True, warn_when_not_sorted=False)
     found = DBSCAN(eps=eps + 1e-5, min_samples=min_samples, metric="precomputed").fit(graph)
@@ -466,11 +482,12 @@ def dbscan(distance, eps, min_samples=4, at_least=2, instead=None):
     what = (f"{clusters} clusters and {outliers:,} outliers among {len(labels):,} images at eps "
             f"{eps:.4g}, min_samples {min_samples}; a batch needs {at_least} clusters")
     if instead is not None:
-        tqdm.write(f"warning: {what}: training on the labels of the epoch before", sys.stderr)
+        say(f"warning: {what}: training on the labels of the epoch before", sys.stderr)
         return instead
     way = "raise" if 2 * outliers > len(labels) else "lower"
-    raise Problem(f"{what}: {way} --eps, lower --batch-size, start from better features (--weights "
-                  "imagenet), bring --k1 near the images per person, or say --on-collapse skip")
+    raise Problem(f"{what}: {way} {flag}, lower --batch-size, start from better features "
+                  "(--weights imagenet), or bring --k1 near the images per person; after the first "
+                  "epoch, --on-collapse skip keeps the labels of the epoch before")
 
 
 # ============================================================================= 8 labels and memory
@@ -505,8 +522,11 @@ def update_memory(memory, features, labels, momentum, k):
 def label_quality(labels, pids):
     """How well pseudo labels (N,) match the true ids (N,): diagnosis only, nothing trains on it. ->
     dict: clusters; outliers; ARI and NMI, every outlier a cluster of its own; purity, the share of
-    clustered images whose id is the most frequent one of their cluster."""
+    clustered images whose id is the most frequent one of their cluster. Where no id is known, only
+    the first two."""
     inside = labels >= 0
+    if (pids < 0).all():
+        return dict(clusters=int(labels.max()) + 1, outliers=int((~inside).sum()))
     alone = np.where(inside, labels, labels.max() + 1 + np.arange(len(labels)))
     table = metrics.cluster.contingency_matrix(labels[inside], pids[inside], sparse=True)
     return dict(clusters=table.shape[0], outliers=int((~inside).sum()),
@@ -519,8 +539,11 @@ def label_quality(labels, pids):
 
 
 def test(model, test_set):
-    """-> evaluate() of a network on the test set of read_data(), by its global feature."""
+    """-> evaluate() of a network on the test set of read_data(), by its global feature; {} if there
+    is no test set."""
     query, gallery, *images = test_set
+    if not query.paths:
+        return {}
     features = [extract_features(model, part) for part in images]
     return evaluate(*(f[0] if model.parts else f for f in features), query, gallery)
 
@@ -643,7 +666,7 @@ def warm_up(model, images, cams, generator, epochs=4, batch_size=96, lr=1e-3, te
     model.train()
     for epoch in range(epochs):
         order = torch.randperm(len(images), generator=generator)
-        for index in tqdm(order.split(batch_size), f"warm-up {epoch + 1}/{epochs}", leave=False):
+        for index in progress(order.split(batch_size), f"warm-up {epoch + 1}/{epochs}"):
             batch = take(images, index, device)
             views = [augment(batch, generator, jitter=jitter) for _ in range(2)]
             features = model(torch.cat(views))                                    # (2 B, D)
@@ -779,41 +802,85 @@ def find_and_read(name, root, draw):
         draw_toy(folders[0], name)
     for folder in folders:
         for parts in TRIPLES:
-            parts = [os.path.join(folder, part) for part in parts]
-            if all(map(os.path.isdir, parts)):
-                return folder, [read_folder(part) for part in parts]
+            have = [part for part in parts if os.path.isdir(os.path.join(folder, part))]
+            if len(have) == 3 or have == [parts[0]]:  # training images alone are enough to train
+                return folder, [read_folder(folder, part) if part in have else [] for part in parts]
+            if have:
+                missing = ", ".join(part for part in parts if part not in have)
+                raise Problem(f"{folder} holds {', '.join(have)} but not {missing} (put it there; "
+                              "training images alone are enough to train without scores)")
         if os.path.isfile(os.path.join(folder, "list_train.txt")):
             return folder, read_msmt_lists(folder)
+    if name not in DATASETS and os.path.isdir(name):
+        return name, [read_own(name), [], []]
     known = "" if name in DATASETS else f"; a name can be a folder or one of {', '.join(DATASETS)}"
+    close = difflib.get_close_matches(name.lower(), DATASETS, 1) if known else []
     raise Problem(f"data set {name!r} not found: no folder with {', '.join(TRIPLES[0])} in "
-                  f"{', '.join(folders)} (put it there or say --root{known})")
+                  f"{', '.join(folders)} (" + "".join(f"did you mean {x}? or " for x in close)
+                  + f"put it there or say --root{known})")
 
 
 def draw_toy(folder, domain):
     """Have tests/toy.py draw a toy set."""
-    program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "toy.py")
+    program = os.path.join(HERE, "tests", "toy.py")
     if subprocess.run([sys.executable, program, folder, "--domain", domain]).returncode:
         raise Problem(f"the toy set could not be drawn into {folder} (see above, or say --root)")
 
 
-def read_folder(folder):
-    """-> list of (path, person, camera), sorted by name; every file name must parse."""
-    rows, wrong = [], []
+def list_folder(folder):
+    """-> the names in a folder, sorted, without those that systems leave behind."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise Problem(f"{folder} cannot be read: {error} (change its rights)") from error
-    for name in names:
-        match = re.match(r"(-?\d{1,9})_c(\d{1,9})(?!\d)", name)
+    return [name for name in names if not name.startswith(".")
+            and name not in ("Thumbs.db", "desktop.ini", "__MACOSX")]
+
+
+def read_folder(home, part):
+    """-> list of (path, person, camera), sorted by name; every file name must parse."""
+    rows, wrong, folder = [], [], os.path.join(home, part)
+    for name in list_folder(folder):
+        match = re.match(r"(?i)(-?\d{1,9})_c(\d{1,9})(?!\d)", name)
         if match and name.lower().endswith(SUFFIXES):
             rows.append((os.path.join(folder, name), int(match[1]), int(match[2])))
-        elif not name.startswith(".") and name not in ("Thumbs.db", "desktop.ini", "__MACOSX"):
+        else:
             wrong.append(name)
     if wrong:
         raise Problem(f"{folder}: {len(wrong)} files are not named <person>_c<camera>...jpg (png, "
                       f"bmp), the first: {', '.join(wrong[:5])} (rename or move them)")
-    check_files(os.path.dirname(folder), rows)
+    check_files([home, folder], rows)
     return rows
+
+
+def read_own(home):
+    """Images of one's own -> list of (path, person or None, camera). They lie in one folder, in one
+    for each camera (c1, cam2, camera-3) or in one for each person; otherwise the file's name says
+    person (0002_c1...) and camera (..._c1...). What one name does not say, none says."""
+    names, rows = list_folder(home), []
+    parts = [""] if any(name.lower().endswith(SUFFIXES) for name in names) else names
+    cameras = [re.fullmatch(r"(?i)(?:c|cam|camera)[ _-]?(\d{1,9})", part) for part in parts]
+    for number, part in enumerate(parts, 1):
+        folder = os.path.join(home, part)
+        for name in list_folder(folder) if os.path.isdir(folder) else []:
+            if name.lower().endswith(SUFFIXES):
+                person = re.match(r"(?i)(-?\d{1,9})_c\d", name)
+                camera = re.search(r"(?i)(?:^|_)c(?:am)?(\d{1,9})(?!\d)", name)
+                person, camera = person and int(person[1]), camera and int(camera[1])
+                if all(cameras):
+                    camera = int(cameras[number - 1][1])
+                elif part:
+                    person = number
+                rows.append((os.path.join(folder, name), person, camera))
+    if not rows:
+        raise Problem(f"{home} holds neither {', '.join(TRIPLES[0])} nor images (name the folder "
+                      "of a data set or of images)")
+    check_files([home, *{os.path.dirname(row[0]) for row in rows}], rows)
+    known, seen = (all(row[i] is not None for row in rows) for i in (1, 2))
+    print(f"{home}: " + ("person ids are known" if known else "no person ids, so nothing is scored")
+          + ("" if seen else "; no cameras, so all images count as one camera's"), file=sys.stderr)
+    return [(path, person if known else None, camera if seen else 0)
+            for path, person, camera in rows]
 
 
 def read_msmt_lists(folder):
@@ -825,12 +892,12 @@ def read_msmt_lists(folder):
             raise Problem(f"{folder} has {listing} but no folder {' or '.join(parts)} (unpack it)")
         rows, listing = [], os.path.join(folder, listing)
         for line in sorted(filter(str.strip, read_text(listing).splitlines())):
-            match = re.fullmatch(r"(\w+/[^_/]+_[^_/]+_(\d{1,9})_[^/]*) +(\d{1,9})\s*", line)
+            match = re.fullmatch(r"(\w+/[^_/]+_[^_/]+_(\d{1,9})_[^/\0]*) +(\d{1,9})\s*", line)
             if not match:
                 raise Problem(f"{listing}: {line[:80]!r} does not read like "
                               "0000/0000_045_12_0303morning_0006_2.jpg 0 (mend the list)")
             rows.append((os.path.join(folder, part, match[1]), int(match[3]), int(match[2])))
-        check_files(folder, rows)
+        check_files([folder, os.path.join(folder, part)], rows)
         return rows
     train, test = ("train", "mask_train_v2"), ("test", "mask_test_v2")
     return [read("list_train.txt", *train) + read("list_val.txt", *train),
@@ -846,15 +913,15 @@ def read_text(path):
         raise Problem(f"{path} cannot be read: {error} (copy it again)") from error
 
 
-def check_files(folder, rows):
-    """Raises Problem for what is no plain file: a pipe, a folder, a link that leaves the data set
-    (it could show any file of this machine). The data set itself may be a link."""
-    home = os.path.realpath(folder)
+def check_files(folders, rows):
+    """Raises Problem for what is no plain file: a pipe, a folder, a link to a file outside the data
+    set (it could show any file of this machine). Its folders themselves may be links."""
+    homes = [os.path.join(os.path.realpath(folder), "") for folder in folders]
     for path, _, _ in rows:
         real = os.path.realpath(path)
-        if os.path.commonpath([home, real]) != home:
-            raise Problem(f"{path} leads out of {folder}, to {real} (copy the images, links that "
-                          "leave a data set are not followed)")
+        if not real.startswith(tuple(homes)):
+            raise Problem(f"{path} leads out of {folders[0]}, to {real} (copy the images, links "
+                          "that leave a data set are not followed)")
         if not os.path.isfile(real):
             raise Problem(f"{path} cannot be read: not a file (remove it or copy it again)")
 
@@ -876,14 +943,14 @@ def check_rows(name, folder, rows, at_least):
     """Warn of counts that were not published; Problem for splits of no use."""
     _, counts = DATASETS.get(name, ([], ()))
     for kind, split, count in zip(KINDS, rows, counts or (None,) * 3):
-        if not split:
+        if not split and (kind == "train" or any(rows[1:])):
             raise Problem(f"{folder}: the {kind} split holds no images (is the download complete?)")
-        if any(not 0 <= person < 10**9 for _, person, _ in split):
+        if any(person is not None and not 0 <= person < 10**9 for _, person, _ in split):
             raise Problem(f"{folder}: a person in {kind} is below -1 or above 999,999,999 (rename)")
         if count not in (None, len(split)):
             print(f"warning: {name} {kind}: {len(split):,} images in {folder}, {count:,} published",
                   file=sys.stderr)
-    if not {row[1] for row in rows[1]} & {row[1] for row in rows[2]}:
+    if any(rows[1:]) and not {row[1] for row in rows[1]} & {row[1] for row in rows[2]}:
         raise Problem(f"{folder}: nobody in the query split is in the gallery (check both folders)")
     if len(rows[0]) < at_least:
         raise Problem(f"{folder}: {len(rows[0])} training images are fewer than a batch of "
@@ -935,6 +1002,10 @@ def fill(module, state, what, unused=()):
 # ================================================================= D command line, seeds, devices
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+NO_NUMBER = {"out", "first_stage", "code", "root", "device", "eval_every", "resume", "on_collapse",
+             "recompute"}  # flags and notes that change no number of a run
+ON_A_CPU = ("--arch resnet18-layer3 --size 128 64 --epochs 30 --iters 100 --batch-size 64 "
+            "--num-instances 4 --bn-splits 1 --lr-drop 0 --bf16")
 SCHEDULE = dict(
     epochs=(int, 1, "how often to cluster"), iters=(int, 1, "batches per epoch"),
     batch_size=(int, 2, "B = P x K images"), num_instances=(int, 1, "K, images of a cluster"),
@@ -986,30 +1057,37 @@ def add_run_flags(parser):
     add("--data", default="toy", help=f"a folder or {', '.join(DATASETS)}; it sets the other "
         "defaults; NAME:source, NAME:target: its halves (%(default)s)")
     add("--root", default="data", help="where data sets are (%(default)s)")
-    add("--out", help="folder of the run (runs/METHOD-DATA-sSEED)")
+    add("--out", help="folder of the run (runs/, named after the flags that are not defaults)")
     add("--resume", action="store_true", help="go on after the last finished epoch in OUT, if "
         "there is one; --epochs may grow")
     add("--on-collapse", choices=("stop", "skip"), default="stop", help="with too few clusters: "
         "stop, or keep the labels of the epoch before (%(default)s)")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="(%(default)s)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed (%(default)s)")
     add("--device", default="auto", choices=DEVICES, help="(%(default)s)")
     add("--arch", choices=ARCHS, help="network (%(default)s)")
     add("--weights", help="imagenet, none, or a torchvision FILE (%(default)s)")
-    add("--size", type=number(int, 32, 2048), nargs=2, metavar=("H", "W"), help="of an image")
+    add("--warm-up", type=number(int, 0), default=4, help="epochs without labels before the first "
+        "clustering, with --weights none only (%(default)s)")
+    add("--size", type=number(int, 32, 2048), nargs=2, metavar=("H", "W"), help="of an image (toy "
+        "set 96 48, published 256 128)")
     add("--fp32", action="store_true", help="no bfloat16 on CUDA, where it is the default")
     add("--bf16", action="store_true", help="bfloat16 elsewhere; faster if the CPU has it")
     add("--recompute", action="store_true", help="less memory for a third more time")
     add("--true-ids", action="store_true", help="no clustering but the true ids: an upper bound")
 
 
-def parse(parser, argv, method, settings):
-    """Parse argv with the defaults of its --data, those of market1501 for other folders, and check
-    what flags must have in common. Raises Problem."""
+def parse(parser, argv, method, settings, not_in_first_stage=()):
+    """Parse argv with the defaults of its --data, those of market1501 for other folders (of the toy
+    set from random weights), and check what flags must have in common. Adds to the flags: `code`,
+    fingerprints of the sources, and `first_stage`, the folder of a stage that some flags do not
+    concern. Raises Problem."""
     early = Parser("", add_help=False)
     early.add_argument("--data", default="toy")
-    data = early.parse_known_args(argv)[0].data.rsplit(":", 1)[0]
-    parser.set_defaults(**settings.get(data, settings["market1501"]))
-    args = parser.parse_args(argv)
+    early.add_argument("--weights")
+    early, _ = early.parse_known_args(argv)
+    other = settings["toy" if early.weights == "none" else "market1501"]
+    parser.set_defaults(**settings.get(early.data.rsplit(":", 1)[0], other))
+    args, defaults = parser.parse_args(argv), parser.parse_args(["--data", early.data])
     if args.batch_size % args.num_instances or args.batch_size % args.bn_splits:
         raise Problem(f"--batch-size {args.batch_size} is no multiple of --num-instances "
                       f"{args.num_instances} and --bn-splits {args.bn_splits} (change one of them)")
@@ -1017,33 +1095,74 @@ def parse(parser, argv, method, settings):
         raise Problem(f"--bn-splits {args.bn_splits} leaves batch norm one image (lower it)")
     if args.fp32 and args.bf16:
         raise Problem("--fp32 and --bf16 exclude each other (leave one out)")
-    folder = os.path.basename(os.path.normpath(args.data)).replace(":", "-")
-    args.size = tuple(args.size)
-    args.out = args.out or os.path.join("runs", f"{method}-{folder}-s{args.seed}")
+    args.size, args.code = tuple(args.size), {
+        name: hashlib.sha256(read_text(os.path.join(HERE, name)).encode()).hexdigest()[:12]
+        for name in (f"{method}.py", "common.py")}
+    folders = [run_folder(method, args, defaults, but) for but in (not_in_first_stage, ())]
+    args.first_stage, own = (args.out or folder for folder, _ in folders)
+    for note in {note for _, note in folders if note and not args.out}:
+        say(note, sys.stderr)
+    args.out = own
     return args
+
+
+def run_folder(method, args, defaults, ignored=()):
+    """-> runs/METHOD-DATA-sSEED, with every flag that is no default and not ignored, and a note. If
+    a run of other sources lies there: a folder of its own for the edited ones, and what to say."""
+    name = f"{method}-{os.path.basename(os.path.normpath(args.data))}-s{args.seed}"
+    ignored = NO_NUMBER.union(ignored, ("data", "seed", "stage"))
+    for flag, value in vars(args).items():
+        if flag not in ignored and value != getattr(defaults, flag):
+            value = "x".join(map(str, value)) if flag == "size" else value
+            text = f"{value:g}" if isinstance(value, (int, float)) else f"-{value}"
+            name += f"-{flag.replace('_', '-')}" + text * (value is not True)
+    folder = os.path.join("runs", re.sub(r"[^\w.-]+", "-", name)[:120])
+    logs = glob.glob(os.path.join(glob.escape(folder), "**", "log.jsonl"), recursive=True)
+    found = [match[1] for match in (re.search(r'"code": (\{[^}]*\})', read_text(log)) for log in
+                                    logs) if match]
+    edited = [file for file, mark in args.code.items() if any(mark not in code for code in found)]
+    if not edited:
+        return folder, ""
+    own = f"{folder}-{''.join(mark[:3] for mark in args.code.values())}"
+    if args.resume and not os.path.isdir(own):
+        return folder, ""  # Log warns
+    return own, f"{' and '.join(edited)} edited since the run in {folder}: this one is in {own}"
 
 
 def run(main, resume="--resume"):
     """Call main() as a program: a Problem becomes one line on stderr and exit code 2; Ctrl-C and
     SIGTERM one line with the command that goes on, by the flag `resume`, and exit code 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in
+                              (sys.stdout, sys.stderr))  # None where they were closed
     try:
         return main()
     except Problem as problem:
-        message = problem
+        message, code = problem, 2
     except KeyboardInterrupt:
         sys.unraisablehook = lambda _: None  # of a progress bar that was cut short
         words = shlex.join([*(word for word in sys.argv if word != resume), resume or ""])
-        print("\ninterrupted" if not resume else "\ninterrupted, finished epochs are kept; go on "
-              f"with: python {words}", file=sys.stderr)
-        sys.exit(130)
+        message, code = "\ninterrupted" if not resume else (
+            f"\ninterrupted, finished epochs are kept; go on with: python {words}"), 130
     except (MemoryError, RuntimeError) as error:  # torch raises the latter for main memory too
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
             raise
-        message = "out of memory (lower --batch-size or --size, or choose a smaller --arch)"
-    line = " ".join(str(message).splitlines())  # a file's name may hold anything
-    print("error:", "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
-    sys.exit(2)
+        message, code = "out of memory (lower --batch-size or --size, or a smaller --arch)", 2
+    finally:
+        for log in LOCKS.values():
+            log.close()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+    line = " ".join(str(message).split()) if code == 2 else message  # a name may hold anything
+    line = "".join(c if c.isprintable() or c == "\n" else "?" for c in line)
+    say("error: " * (code == 2) + line, sys.stderr)
+    sys.exit(code)
+
+
+def say(text, file=None):
+    """Print a line; a closed pipe, a full device or a poor terminal must not end a run."""
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.write(text, file or sys.stdout)
 
 
 def pick_device(name):
@@ -1074,7 +1193,7 @@ def check_finite(features):
 
 # ========================================================================== E logs and checkpoints
 
-FORMAT = 2  # of last.pt; in format 1, the classifiers of sskd.py saw features of unit length
+FORMAT = 3  # of last.pt; before 2, the classifiers of sskd.py saw features of unit length
 LOCKS = {}  # path -> open log, of this process
 
 
@@ -1107,37 +1226,37 @@ class Log:
     The log's first line holds versions, device, commit and every argument; last.pt holds all lines,
     and the log is made whole from it. `finished`: the checkpoint of a run with nothing left to do,
     or None. `epochs`: the flag that counts; `free`: flags that may differ. Raises Problem for a
-    folder that is busy or cannot be written, or holds a run of other flags or, without --resume,
-    one that stopped early.
+    folder that is busy or cannot be written, or holds a run of other flags, of other sources or,
+    without --resume, one that stopped early.
     """
 
     def __init__(self, folder, device, args, epochs="epochs", free=()):
         self.folder, self.path, self.args = folder, os.path.join(folder, "log.jsonl"), vars(args)
-        self.file, self.start, total = None, time.time(), self.args[epochs]
+        self.file, self.start, self.total = None, time.time(), self.args[epochs]
+        self.device, self.began, self.rounds = torch.device(device), None, 0
         state = self._read(epochs, free)
-        if not state or state["epoch"] < total:
+        if not state or state["epoch"] < self.total:
             self._lock()
             state = self._read(epochs, free)  # as it is now that nobody else writes
-        if state and state["epoch"] < total and not args.resume:
+        if state and state["epoch"] < self.total and not args.resume:
             raise Problem(f"{folder} holds a run that stopped after epoch {state['epoch']} of "
-                          f"{total} (go on with --resume, choose another --out, or delete its "
+                          f"{self.total} (go on with --resume, choose another --out, or delete its "
                           "last.pt)")
         self.state, self.finished, self.lines = state, None, [header(device, self.args)]
         if state:
             self.start, self.lines = self.start - state["seconds"], state["lines"]
             self._write()
-            if state["epoch"] == total:
+            if state["epoch"] == self.total:
                 self.finished = state
-                print(f"{folder}: finished before, nothing to do")
+                say(f"{folder}: finished before, nothing to do{in_words(state['scores'])}")
 
     def _read(self, epochs, free):
         """-> the checkpoint in the folder, or None. Raises Problem if its flags are not today's,
-        but for those that change no number, and for more epochs."""
+        but for those that change no number, and for more epochs; or if its sources are not."""
         path = os.path.join(self.folder, "last.pt")
         if not os.path.lexists(path):
             return None
-        may_differ = {"out", "root", "device", "eval_every", "resume", "on_collapse", "recompute"}
-        flags = [flag for flag in self.args if flag not in may_differ.union(free)]
+        flags = [flag for flag in self.args if flag not in NO_NUMBER.union(free)]
         state = load_run(path, *flags)
         if state["epoch"] not in range(state[epochs] + 1):
             raise Problem(f"{path} was not written by these pages (choose another --out)")
@@ -1147,6 +1266,14 @@ class Log:
         if other:
             raise Problem(f"{path} is of a run with other flags: {'; '.join(other)} (say the same, "
                           "choose another --out, or delete that file alone)")
+        edited = [name for name, mark in self.args.get("code", {}).items()
+                  if mark != state["code"].get(name)]
+        if edited and not self.args["resume"]:
+            raise Problem(f"{path} is of a run before {' and '.join(edited)} was edited (choose "
+                          "another --out, or go on with the edited code: --resume)")
+        if edited and self.file is None:
+            say(f"warning: {self.folder}: {' and '.join(edited)} was edited since this run began",
+                sys.stderr)
         return state
 
     def _lock(self):
@@ -1160,7 +1287,7 @@ class Log:
             LOCKS[name] = self.file = open(self.path, "ab", buffering=0)
             if fcntl:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (OSError, RecursionError, ValueError) as error:
             busy = "another process is writing there" if type(error) is BlockingIOError else error
             raise Problem(f"{self.folder} cannot be written: {busy} (choose another --out)"
                           ) from error
@@ -1205,8 +1332,22 @@ class Log:
         return {key: value.numpy() if torch.is_tensor(value) else value
                 for key, value in state.items()}
 
-    def epoch(self, title, quality=None, losses=None, scores=None, keep=None, epoch=0,
-              **more):
+    def steps(self, batches, title, iters):
+        """Yield (step, index) of the `iters` batches of an epoch, with a bar on a terminal. The
+        first time, after a few batches, say how long a long run will take."""
+        first, self.began = self.began is None, self.began or time.time()
+        for step, index in enumerate(progress(batches, title, iters)):
+            if step == 2:
+                start = time.time()
+            if first and step == min(12, iters - 1) > 2:
+                hours = (time.time() - start) / (step - 2) * iters * self.total / 3600
+                if hours > .2:
+                    say(f"about {hours:.1f} hours of training steps for {self.total} epochs" + (
+                        f"; on a CPU these flags need an hour or two: {ON_A_CPU}"
+                        if self.device.type == "cpu" and hours > 3 else ""), sys.stderr)
+            yield step, index
+
+    def epoch(self, title, quality=None, losses=None, scores=None, keep=None, epoch=0, **more):
         """One line for people, one line of JSON; what is not given is left out.
 
         keep: dict of what --resume and eval.py need, `model` and `labels` among it: modules,
@@ -1215,12 +1356,11 @@ class Log:
         """
         seconds, text = time.time() - self.start, [f"{title:>12}"]
         if quality:
-            text.append(f"{quality['clusters']:5d} clusters {quality['outliers']:6d} outliers  ARI "
-                        f"{quality['ARI']:.3f}  purity {quality['purity']:.3f}")
+            text.append(f"{quality['clusters']:5d} clusters {quality['outliers']:6d} outliers"
+                        + "".join(f"  {name} {quality[name]:.3f}" for name in ("ARI", "purity")
+                                  if name in quality))
         if losses:
             text.append("  ".join(f"{name} {value:6.3f}" for name, value in losses.items()))
-        if scores:
-            text.append(f"mAP {100 * scores['mAP']:5.1f}  R1 {100 * scores['rank1']:5.1f}")
         groups = dict(quality=quality, losses=losses, scores=scores)
         record = dict(title=title, epoch=epoch, **more,
                       **{name: group for name, group in groups.items() if group})
@@ -1239,17 +1379,36 @@ class Log:
                 parts=model.parts, pooling=model.pooling, epoch=epoch, scores=scores or {},
                 images=len(keep["labels"]), lines=self.lines, seconds=seconds)
         self._write()
-        try:
-            tqdm.write(" | ".join(text) + f" | {seconds:6.0f} s", file=sys.stdout)
-        except OSError:  # nobody reads the screen any more (| head): the log goes on
-            pass
+        left = ""
+        if self.began and keep and epoch < self.total:
+            self.rounds += 1
+            minutes = (time.time() - self.began) / self.rounds * (self.total - epoch) / 60
+            left = f", {minutes:.0f} min left" if minutes >= 1.5 else f", {60 * minutes:.0f} s left"
+        say(" | ".join(text) + in_words(scores) + f" | {seconds:6.0f} s{left}")
+
+    def finish(self, scores, train, labels):
+        """The end of a run -> scores. Without person ids, leave clusters.csv: file, cluster (-1: an
+        outlier) and camera of every training image. The folder is free again."""
+        if (train.pids < 0).all():
+            rows = zip(train.paths, labels.tolist(), train.cams.tolist())
+            path = os.path.join(self.folder, "clusters.csv")
+            with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                csv.writer(file).writerows([("file", "cluster", "camera"), *rows])
+            say(f"the cluster of every image: {path}")
+        say(f"look at it: python eval.py {shlex.quote(self.folder)} --report")
+        LOCKS.pop(os.path.realpath(self.path)).close()
+        return scores
+
+
+def in_words(scores):
+    """-> " | mAP  77.9  R1  88.8", or nothing without scores."""
+    return f" | mAP {100 * scores['mAP']:5.1f}  R1 {100 * scores['rank1']:5.1f}" if scores else ""
 
 
 def header(device, args):
     """-> the first line of a log."""
-    here = os.path.dirname(os.path.abspath(__file__))
     try:
-        git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], text=True,
+        git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], text=True,
                              capture_output=True)
     except OSError:  # no git here
         git = None
@@ -1262,34 +1421,40 @@ def header(device, args):
 def save_checkpoint(path, **state):
     """Write plain values and tensors in one move: a reader sees the old file or the new one. Raises
     Problem, and keeps the old file, when that fails."""
-    draft = f"{path}.tmp"
+    draft, content = f"{path}.tmp", io.BytesIO()
+    torch.save(state, content)
+    kept = "; the earlier file is kept" if os.path.exists(path) else ""
     try:
         with open(draft, "wb") as file:
-            torch.save(state, file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except (OSError, RuntimeError) as error:
-        raise Problem(f"{path} cannot be written: {error} (free some space or choose another --out;"
-                      " an earlier file is kept)") from error
+    except OSError as error:
+        raise Problem(f"{path} cannot be written: {error} (free some space or choose another --out"
+                      f"{kept})") from error
     finally:
-        if os.path.exists(draft):
+        with contextlib.suppress(OSError):
             os.remove(draft)
 
 
 def load_checkpoint(path, keys=()):
     """-> the dict that save_checkpoint wrote; nothing in it is ever executed. Raises Problem for
-    other files, and for one that lacks some of `keys`."""
+    other files, for damaged ones, and for one that lacks some of `keys`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip():  # torch does not look at the checksums
+                        raise ValueError("damaged")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise Problem(f"{path} cannot be read: {error.strerror} (name a finished run's folder, its "
                       "last.pt, or a file of weights)") from error
     except Exception as error:  # torch raises many kinds here; each means a file of no use
-        raise Problem(f"{path} is no checkpoint of tensors and plain values, so it is not read "
-                      f"({type(error).__name__}; choose another file)") from error
+        raise Problem(f"{path} is no checkpoint of tensors and plain values, or damaged, so it is "
+                      f"not read ({type(error).__name__}; choose another file)") from error
     lacking = [key for key in keys if not isinstance(state, dict) or key not in state]
     if lacking:
         raise Problem(f"{path} has no {', '.join(lacking[:5])}: it is of another kind, or was "
@@ -1302,7 +1467,7 @@ def load_run(path, *keys):
     """-> the dict of a run's last.pt. Raises Problem for any other file."""
     kinds = dict(format=int, model=dict, arch=str, parts=int, pooling=str, size=tuple, data=str,
                  root=str, epoch=int, epochs=int, scores=dict, lines=list, seconds=float, bf16=bool,
-                 fp32=bool, images=int)
+                 fp32=bool, images=int, code=dict)
     state = load_checkpoint(path, (*kinds, *keys))
     if not (all(isinstance(state[key], kind) for key, kind in kinds.items())
             and state["format"] == FORMAT and state["arch"] in ARCHS
@@ -1314,8 +1479,19 @@ def load_run(path, *keys):
 
 
 def load_encoder(path):
-    """last.pt of any page -> the network on the CPU, and the checkpoint's dict, or Problem."""
+    """A run's folder, or its last.pt -> the network on the CPU in eval mode, with `size`, the
+    height and width of its images, and the checkpoint's dict. Raises Problem for other files."""
+    path = os.path.join(path, "last.pt") if os.path.isdir(path) else path
     state = load_run(path)
     model = Encoder(state["arch"], "none", state["parts"], state["pooling"])
     fill(model, state["model"], f"{path} holds no network of --arch {state['arch']}")
-    return model, state
+    model.size = state["size"]
+    return model.eval(), state
+
+
+def embed(model, files):
+    """Features of any image files, by a network of load_encoder() -> (len(files), D), unit rows, so
+    that the product of two rows is the similarity of two pictures, from -1 to 1."""
+    images = read_images(Split([os.fspath(file) for file in files], None, None), *model.size)
+    features = extract_features(model, images)
+    return features[0] if model.parts else features

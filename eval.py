@@ -12,10 +12,9 @@ import argparse
 import json
 import os
 
+import common  # before torch: Ctrl-C during the imports is quiet
 import numpy as np
 import torch
-
-import common
 
 
 def rerank(query_features, gallery_features, k1=20, k2=6, lam=.3, block=256):

@@ -47,12 +47,10 @@ import copy
 import math
 import os
 
+import common  # before torch: Ctrl-C during the imports is quiet
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
-
-import common
 
 SETTINGS = {  # defaults of the flags; D4
     "toy": dict(source="toy-source", arch="small", weights="none", size=(96, 48), k1=20, rho=.015,
@@ -65,8 +63,8 @@ SETTINGS = {  # defaults of the flags; D4
 SETTINGS["toy-source"] = dict(SETTINGS["toy"], source="toy")
 SETTINGS["msmt17"] = dict(SETTINGS["market1501"], source="market1501")
 WEIGHT_DECAY, SMOOTHING = 5e-4, .1  # SMOOTHING: share of a hard label that is spread over all
-SOURCE_FLAGS = ("source", "data", "arch", "weights", "size", "source_epochs", "source_iters", "lr",
-                "batch_size", "num_instances", "bn_splits", "temp", "seed", "fp32", "bf16")
+TARGET_FLAGS = ("sources", "nets", "id", "soft", "ms", "nuc", "alpha", "shared_view", "rho", "eps",
+                "k1", "epochs", "iters", "lr_drop", "warm_up", "true_ids")  # not of the source
 
 
 def get_args(argv=None):
@@ -93,7 +91,7 @@ def get_args(argv=None):
     add("--source-iters", type=number(int, 1), help="batches per source epoch (%(default)s / 100)")
     common.add_schedule_flags(parser, SETTINGS["market1501"])
     common.add_run_flags(parser)
-    args = common.parse(parser, argv, "sskd", SETTINGS)
+    args = common.parse(parser, argv, "sskd", SETTINGS, TARGET_FLAGS)
     if args.source == args.data:
         raise common.Problem(f"--source and --data are both {args.data} (name two data sets)")
     if not (args.id or args.soft or args.ms):
@@ -177,11 +175,11 @@ def soft_labels(slow, classifiers, views, camera_means, index, args):
 def train_source(args, i, device, images):
     """Step 0: network M_i learns the people of the source, unless it has -> last.pt. `images` of
     the target only pass, without gradient, so that the batch norms have seen them [code]."""
-    folder = os.path.join(args.sources or os.path.join(args.out, "source"), str(i))
+    folder = os.path.join(args.sources or os.path.join(args.first_stage, "source"), str(i))
     path = os.path.join(folder, "last.pt")
     if args.sources and not os.path.exists(path):
         raise common.Problem(f"no source network in {folder} (lower --nets, or name an OUT/source)")
-    free = set(vars(args)) - set(SOURCE_FLAGS) | ({"seed"} if args.sources else set())
+    free = (*TARGET_FLAGS, "seed") if args.sources else TARGET_FLAGS
     log = common.Log(folder, device, args, "source_epochs", free)
     if log.finished:
         return path
@@ -189,7 +187,7 @@ def train_source(args, i, device, images):
     source, _, _ = common.load(args.source, args.root, args.batch_size)
     source_images = common.place(common.read_images(source, *args.size), device)
     labels = common.renumber(source.pids)
-    if np.bincount(labels).max() < 2:
+    if labels.min() < 0 or np.bincount(labels).max() < 2:
         raise common.Problem(f"--source {args.source}: no person has two images (has it labels?)")
     y = torch.from_numpy(labels).to(device)
     model = common.Encoder(args.arch, args.weights, parts=0, pooling="avg").on(device, args)
@@ -206,7 +204,7 @@ def train_source(args, i, device, images):
         optimizer.param_groups[0]["lr"] = args.lr * rise * .1 ** drops
         means, title = common.Means(), f"source {i}, {epoch + 1}"
         batches = common.pk_batches(labels, source.cams, P, K, args.source_iters, generator)
-        for index in tqdm(batches, title, args.source_iters, leave=False):
+        for _, index in log.steps(batches, title, args.source_iters):
             passing = torch.randperm(len(images), generator=generator)[:len(index)]
             batch = common.augment(common.take(images, passing, device), generator, erase=0)
             with torch.no_grad():
@@ -260,7 +258,8 @@ def main(argv=None):
             distance = common.jaccard_distance(centred, args.k1)
             radius = args.eps or (adaptive_eps(distance, args.rho) if epoch == 0 else radius)
             labels = common.dbscan(distance, radius, at_least=P,
-                                   instead=labels if args.on_collapse == "skip" else None)
+                                   instead=labels if args.on_collapse == "skip" else None,
+                                   flag="--eps" if args.eps else "--rho")
 
         # ---- 4 classifiers of every network and every copy: unit means, of unit features
         rows = common.cluster_means(features, labels)                             # (C, D)
@@ -276,7 +275,7 @@ def main(argv=None):
         slow.train()
         means = common.Means()
         batches = common.pk_batches(labels, cams, P, K, args.iters, generator)
-        for step, index in enumerate(tqdm(batches, f"epoch {epoch + 1}", args.iters, leave=False)):
+        for step, index in log.steps(batches, f"epoch {epoch + 1}", args.iters):
             # 5a augmented views: what differs between them is not who the person is
             views = [common.augment(common.take(images, index, device), generator,
                                     jitter=.5 if from_scratch else 0)
@@ -327,7 +326,7 @@ def main(argv=None):
         scores = common.test(slow[0], test_set) if due else {}
         log.epoch(f"epoch {epoch + 1}/{args.epochs}", quality, losses, scores, epoch=epoch + 1,
                   eps=radius, keep=dict(state, model=slow[0], labels=labels, radius=radius))
-    return scores
+    return log.finish(scores, train, labels)
 
 
 if __name__ == "__main__":

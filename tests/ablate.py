@@ -111,12 +111,13 @@ VERDICTS = [  # the claim in the paper's words, what was compared, table, row, a
      "sskd", "identity learning + soft labels", "identity learning alone")]
 
 
-# =========================================================================================== running
+# ========================================================================================== running
 
 
 def folder(name, row, seed):
     """-> the folder of a run, relative to TOP."""
-    return os.path.join("runs", name, f"{re.sub('[^a-z0-9]+', '-', row.lower()).strip('-')}-s{seed}")
+    row = re.sub("[^a-z0-9]+", "-", row.lower()).strip("-")
+    return os.path.join("runs", name, f"{row}-s{seed}")
 
 
 def command(name, row, seed):
@@ -158,8 +159,8 @@ def harvest(name, row, seed):
 
 def run_table(name, more):
     """Run what has no result yet, two seeds at a time; `more`: flags that no result depends on."""
-    lock, queue = threading.Lock(), sorted({s for row in TABLES[name].rows.values()
-                                            for s in row.seeds})
+    lock, rows = threading.Lock(), TABLES[name].rows
+    queue = sorted({(-len(row.seeds), seed) for row in rows.values() for seed in row.seeds})
     stop, running = threading.Event(), set()
 
     def work():
@@ -167,9 +168,9 @@ def run_table(name, more):
             with lock:
                 if not queue:
                     return
-                seed = queue.pop(0)
-            for row, about in TABLES[name].rows.items():
-                if seed in about.seeds and not stop.is_set():
+                size, seed = queue.pop(0)  # the rows of most seeds first
+            for row, about in rows.items():
+                if len(about.seeds) == -size and seed in about.seeds and not stop.is_set():
                     run_row(row, seed)
 
     def run_row(row, seed):
@@ -178,7 +179,7 @@ def run_table(name, more):
             if tuple(key) in read_results():
                 needed = any(f"{{{row}}}" in other.flags and seed in other.seeds
                              and tuple(command(name, title, seed)[1]) not in read_results()
-                             for title, other in TABLES[name].rows.items())
+                             for title, other in rows.items())
                 if not needed or harvest(name, row, seed):
                     return
         out = os.path.join(TOP, folder(name, row, seed))
@@ -217,7 +218,7 @@ def run_table(name, more):
         print("stopped; the same command goes on")
 
 
-# ========================================================================================== printing
+# ========================================================================================= printing
 
 
 def results_of(name, row, results):
@@ -236,7 +237,8 @@ def spread(values):
 def difference(mine, other, alpha=.05):
     """Two {seed: result} -> differences in mAP by seed, in points, and Student's interval."""
     seeds = sorted(mine.keys() & other.keys())
-    by_seed = np.array([100 * (mine[s]["scores"]["mAP"] - other[s]["scores"]["mAP"]) for s in seeds])
+    by_seed = np.array([100 * (mine[seed]["scores"]["mAP"] - other[seed]["scores"]["mAP"])
+                        for seed in seeds])
     if len(by_seed) < 2:
         return by_seed, (-np.inf, np.inf)
     half = stats.t.ppf(1 - alpha / 2, len(by_seed) - 1) * stats.sem(by_seed)

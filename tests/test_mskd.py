@@ -71,7 +71,7 @@ def test_end_to_end_and_a_second_run_does_nothing(both, tiny):
     assert [line["title"] for line in teacher] == ["start", "warmed up", "epoch 1/2", "epoch 2/2"]
     assert [line["title"] for line in student] == ["start", "warmed up", "first round", "epoch 1/2",
                                                    "epoch 2/2"]
-    assert [line.get("epoch") for line in student] == [None, None, 0, 1, 2]
+    assert [line["epoch"] for line in student] == [0, 0, 0, 1, 2]
     assert "D_g" not in teacher[-1] and {"L_g", "L_u", "L_d", "D_g", "D_u", "D_d"} <= {*student[-1]}
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert {str(path.relative_to(out)) for path in files} == {
@@ -121,7 +121,7 @@ def test_the_student_round_by_round(both, tiny, tmp_path, monkeypatch, watch, af
                        watch(common, "extract_features"))
     mskd.main(short(tiny, tmp_path, "--teacher", str(both[0] / "teacher"), "--l2", ".3", "--mu",
                     "2", "--lr-drop", "2", "--lr", "1e-3", "--epochs", "3", "--eval-every", "3"))
-    assert len(L) == len(D) == 2 * 2 + 3 * 2                       # the first round is twice as long
+    assert len(L) == len(D) == 2 * 2 + 3 * 2  # the first round is twice as long
     np.testing.assert_allclose(rates, [1e-3] * 6 + [1e-4] * 4)     # the drops count that round
     assert updates == [n for n in range(5, 11) for _ in range(3)]  # it leaves its memories alone
     for calls, weight in ((L, 1), (D, 2)):
@@ -150,7 +150,7 @@ def test_no_step_changes_the_teacher(mode, both, tiny, tmp_path, watch):
     before, after = weights(teacher), dict(kept.named_parameters())
     assert all(torch.equal(before[key], after[key]) for key in after)
     assert kept.training == (mode == "batch")
-    if mode == "running":  # the default of other folders is batch
+    if mode == "batch":  # the default from random weights is running
         assert losses(tmp_path)[-1]["D_g"] != losses(both[0])[-1]["D_g"]
 
 

@@ -57,7 +57,7 @@ def test_eval_repeats_the_last_score(finished, tiny, tmp_path):
 @pytest.mark.parametrize("refine", ["none", "split", "reassign", "recluster"])
 def test_every_refinement_and_every_term_runs(refine, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(ccsd, "GROUP_START", 1)
-    scores = ccsd.main(short(tiny, tmp_path / "a", "--refine", refine))
+    scores = ccsd.main(short(tiny, tmp_path / "a", "--refine", refine, "--batch-size", "4"))
     terms = {"base"} if refine == "none" else {"base", "intra", "cross", "kd"}
     assert terms <= losses(tmp_path / "a")[-1].keys() and 0 < scores["mAP"] <= 1
     if refine == "none":

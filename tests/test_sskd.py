@@ -337,7 +337,7 @@ def test_source_training_lets_the_target_pass_and_learns_the_source(tiny, other,
                               "--lr", "1e-3"))
     images = common.read_images(common.load(str(tiny))[0], 64, 32)
     sskd.train_source(args, 2, torch.device("cpu"), images)
-    assert learns == [False, True] * 16                            # the target first, as in the code
+    assert learns == [False, True] * 16  # the target first, as in the code
     np.testing.assert_allclose(rates, [5.05e-4] + [1e-3] * 6 + [1e-4] * 6 + [1e-5] * 3)
     assert losses(tmp_path / "source" / "2")[-1]["source"] < math.log(9) + 2
 

@@ -55,7 +55,7 @@ def same_run(a, b):
         mine, its = (common.load_checkpoint(str(top / name)) for top in (a, b))
         assert mine.keys() == its.keys()
         assert "".join(its["lines"]) == (b / name).with_name("log.jsonl").read_text()
-        for key in mine.keys() - {"lines", "seconds", "out", "resume", "eval_every"}:
+        for key in mine.keys() - {"lines", "seconds", "out", "first_stage", "resume", "eval_every"}:
             equal(mine[key], its[key])
 
 
@@ -388,7 +388,8 @@ def test_collapse(name, tiny, other, tmp_path, monkeypatch, capsys):
         seen.append(labels), quality(labels, pids))[1])
     stage = ["--stage", "teacher"] if name == "mskd" else []
     says = refusal(lambda: page.main(words(name, tiny, other, tmp_path, *stage)), capsys)
-    for part in ("1 clusters and 69 outliers among 72 images", "eps", "raise --eps",
+    radius = "--rho" if name == "sskd" else "--eps"                # the flag that sets it
+    for part in ("1 clusters and 69 outliers among 72 images", "eps", f"raise {radius}",
                  "--on-collapse skip", "a batch needs "):
         assert part in says, says
     first = seen[0]
@@ -551,7 +552,7 @@ FLAGS = {
         "--device tpu": "--device", "--arch vgg": "--arch", "--weights imagenet": "--weights none",
         "--arch resnet18 --weights nowhere.pth": "nowhere.pth",
         "--arch resnet18 --weights D": "cannot be read", "--weights D": "--weights none",
-        "--data nowhere": "nowhere", "--data D/query": "query", "--nonsense": "--nonsense",
+        "--data nowhere": "nowhere", "--nonsense": "--nonsense",
         "--epoch 3": "--epoch", "--out /proc/nowhere": "/proc/nowhere.* cannot be written",
         "--on-collapse ask": "--on-collapse", "--resume 3": "unrecognized arguments: 3",
         "--fp32 --bf16": "--fp32", "--size 32 4096": "--size", "--iters 99999999999": "--iters",
@@ -561,7 +562,7 @@ FLAGS = {
     "ccsd --momentum 1.5": "--momentum",
     "ccsd --true-ids --refine recluster": "--true-ids", "ccsd --base 0 --refine none": "--base 0",
     "ccsd --lr 1e30": "--lr", "ccsd --out R --resume --kd 2": "--kd 1, now 2",
-    "mskd --size 80 32": "multiple of 32", "mskd --stage third": "--stage", "mskd --l1 .6": "--l1",
+    "mskd --size 80 32": "multiple of 32", "mskd --stage third": "--stage", "mskd --l1 .5": "--l1",
     "mskd --l2 -1": "--l2", "mskd --teacher-bn none": "--teacher-bn",
     "mskd --stage student": "--stage", "mskd --teacher nowhere": "no teacher in nowhere",
     "mskd --teacher R": "no teacher of mskd.py", "mskd --teacher R --stage teacher": "--teacher",

@@ -1,0 +1,345 @@
+"""The first hour of a student: editing a page, running it again, own images, use from Python."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import HERE, SHORT, draw, losses, program, refusal, short, weights
+from PIL import Image
+
+import ccsd
+import common
+import mskd
+import sskd
+
+FEW = [*SHORT, "--epochs", "1", "--warm-up", "1", "--true-ids"]
+
+
+@pytest.fixture
+def copy(tmp_path, tiny):
+    """A copy of the pages that may be edited -> a function that runs one of them there."""
+    for name in ("ccsd.py", "mskd.py", "common.py"):
+        shutil.copy(os.path.join(HERE, name), tmp_path)
+
+    def start(page, *words):
+        done = subprocess.run([sys.executable, page, "--data", str(tiny), *FEW, *words],
+                              cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done
+    return start
+
+
+def edit(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def folders(tmp_path):
+    return sorted(os.listdir(tmp_path / "runs"))
+
+
+# ------------------------------------------------------------------------------------ edited pages
+
+def test_an_edited_page_is_a_new_run_and_an_unchanged_one_repeats_its_score(copy, tmp_path):
+    first = copy("ccsd.py")
+    score = re.findall(r"mAP +[\d.]+  R1 +[\d.]+", first.stdout)[-1]
+    (base,) = folders(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("runs/*/*")}
+    again = copy("ccsd.py")
+    assert folders(tmp_path) == [base] and "nothing to do" in again.stdout
+    assert score in again.stdout                                   # not only that it is finished
+    edit(tmp_path / "ccsd.py", "args.base * L_base +", "2 * args.base * L_base +")
+    edited = copy("ccsd.py")
+    own = (set(folders(tmp_path)) - {base}).pop()
+    assert own.startswith(base + "-") and "ccsd.py edited since" in edited.stderr
+    assert own in edited.stderr and "epoch 1/1" in edited.stdout
+    assert not torch.equal(*(weights(tmp_path / "runs" / name)["necks.0.weight"]
+                             for name in (base, own)))
+    assert "nothing to do" in copy("ccsd.py").stdout               # the edited one is finished, too
+    edit(tmp_path / "common.py", "MAX_PIXELS = 2 ** 25", "MAX_PIXELS = 2 ** 24")
+    assert "ccsd.py and common.py edited since" in copy("ccsd.py").stderr
+    assert len(folders(tmp_path)) == 3                             # nothing was ever overwritten
+    assert all(path.read_bytes() == content for path, content in before.items())
+    heads = [json.loads(open(path).readline())["args"]["code"] for path in
+             tmp_path.glob("runs/*/log.jsonl")]
+    assert len({tuple(sorted(head.items())) for head in heads}) == 3
+
+
+def test_resume_over_edited_code_warns_and_another_out_is_never_mixed(copy, tmp_path):
+    copy("ccsd.py", "--out", "mine")
+    edit(tmp_path / "ccsd.py", "args.base * L_base +", "2 * args.base * L_base +")
+    done = copy("ccsd.py", "--out", "mine", "--resume", "--epochs", "2")
+    assert "warning: mine: ccsd.py was edited since this run began" in done.stderr
+    assert len(losses(tmp_path / "mine")) == 4
+    done = subprocess.run([sys.executable, "ccsd.py", "--out", "mine"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "mine" in done.stderr and "--out" in done.stderr
+
+
+def test_a_teacher_serves_every_student_until_the_page_is_edited(copy, tmp_path):
+    copy("mskd.py")
+    (base,) = folders(tmp_path)
+    done = copy("mskd.py", "--mu", "0")
+    assert f"{base}/teacher: finished before" in done.stdout
+    student = base.replace("-s0-", "-s0-mu0-")
+    assert folders(tmp_path) == sorted([base, student])
+    assert not (tmp_path / "runs" / student / "teacher").exists()
+    edit(tmp_path / "mskd.py", "args.mu * D_g", "2 * args.mu * D_g")
+    done = copy("mskd.py")
+    assert "finished before" not in done.stdout and len(folders(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("page, words, name", [
+    (ccsd, "", "ccsd-toy-s0"), (ccsd, "--kd 0", "ccsd-toy-s0-kd0"),
+    (ccsd, "--kd 0.50 --seed 3", "ccsd-toy-s3-kd0.5"), (ccsd, "--kd 1", "ccsd-toy-s0"),
+    (ccsd, "--refine none --true-ids", "ccsd-toy-s0-refine-none-true-ids"),
+    (ccsd, "--size 64 32 --epochs 2", "ccsd-toy-s0-epochs2-size-64x32"),
+    (ccsd, "--resume --root x --device cpu --eval-every 2 --recompute", "ccsd-toy-s0"),
+    (ccsd, "--data some/where:source", "ccsd-where-source-s0"),
+    (ccsd, "--data x --weights ../a/b.pth", "ccsd-x-s0-weights-..-a-b.pth"),
+    (mskd, "--teacher runs/a/teacher --stage student", "mskd-toy-s0-teacher-runs-a-teacher"),
+    (sskd, "--soft 0 --nets 1", "sskd-toy-s0-nets1-soft0")])
+def test_a_folder_is_named_after_its_flags(page, words, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert page.get_args(words.split()).out == os.path.join("runs", name)
+    assert page.get_args([*words.split(), "--out", "a b"]).out == "a b"
+
+
+def test_sources_are_shared_by_runs_that_differ_on_the_target_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words, name in (("--soft 0 --nets 1", "sskd-toy-s0"), ("--lr .1", "sskd-toy-s0-lr0.1"),
+                        ("--seed 2 --alpha .5 --lr-drop 3", "sskd-toy-s2")):
+        assert sskd.get_args(words.split()).first_stage == os.path.join("runs", name)
+
+
+def test_a_likely_edit_of_the_views_fails_at_once_and_by_name(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "warm_up", None)                   # it is not even reached
+    encoder = common.Encoder
+    monkeypatch.setattr(common, "Encoder", lambda arch, weights, parts, pooling: encoder(
+        arch, weights, 4, pooling))
+    with pytest.raises(common.Problem, match="three views"):
+        mskd.main(short(tiny, tmp_path))
+
+
+# ---------------------------------------------------------------------------------- use from Python
+
+def test_load_embed_compare(tiny, tmp_path):
+    ccsd.main(short(tiny, tmp_path / "a"))
+    model, state = common.load_encoder(str(tmp_path / "a"))
+    assert not model.training and model.size == state["size"] == (64, 32)
+    _, query, gallery = common.load(str(tiny))
+    files = query.paths[:3]
+    features = common.embed(model, files)
+    one = torch.cat([common.embed(model, [file]) for file in files])
+    torch.testing.assert_close(features, one)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
+    images = common.read_images(query, 64, 32)
+    torch.testing.assert_close(features, common.extract_features(model, images)[:3])
+    mskd.main(short(tiny, tmp_path / "b", "--stage", "teacher"))
+    model, _ = common.load_encoder(str(tmp_path / "b" / "teacher"))
+    assert common.embed(model, files).shape == (3, 256)            # the global feature
+
+
+def test_the_lines_of_the_readme(tiny, tmp_path):
+    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    code = next(x for x in re.findall(r"```python\n(.*?)```", text, re.S) if "embed" in x)
+    assert len(code.strip().splitlines()) <= 10
+    ccsd.main(short(tiny, tmp_path / "runs" / "ccsd-toy-s0"))
+    os.makedirs(tmp_path / "data")
+    os.symlink(tiny, tmp_path / "data" / "toy")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True, env=dict(os.environ, PYTHONPATH=HERE))
+    assert done.returncode == 0 and len(done.stdout.split()) >= 2, done.stderr
+    assert -1 <= float(done.stdout.split()[0]) <= 1
+
+
+# --------------------------------------------------------------------------------------- own images
+
+def own(folder, names):
+    """Write pictures of two cameras' people under any names."""
+    draw(folder.parent / "drawn", train=6, test=1, cameras=2, shots=4)
+    for old, new in zip(sorted((folder.parent / "drawn" / "bounding_box_train").iterdir()), names):
+        (folder / new).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(old, folder / new)
+    return folder
+
+
+PEOPLE, CAMERAS = np.repeat(np.arange(1, 7), 8), np.tile(np.repeat([0, 1], 4), 6)
+LAYOUTS = {  # a name for each of the 48 pictures -> are ids, are cameras known
+    "no person": ("shot_{i:02d}_c{c}.jpg", False, True),
+    "upper case": ("{p:04d}_C{c}_{i:02d}.JPG", True, True),
+    "no camera": ("IMG{i:02d}.jpg", False, False),
+    "a folder a camera": ("cam{c}/{i:02d}.jpg", False, True),
+    "a folder a person": ("somebody {p}/{i:02d}.jpg", True, False),
+    "persons with cameras": ("person{p}/x_c{c}_{i:02d}.jpg", True, True),
+    "training images alone": ("bounding_box_train/{p:04d}_c{c}_{i:02d}.jpg", True, True)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_own_images(layout, tmp_path, capsys):
+    name, people, cameras = LAYOUTS[layout]
+    names = [name.format(i=i, p=PEOPLE[i], c=CAMERAS[i] + 1) for i in range(48)]
+    train, query, gallery = common.load(str(own(tmp_path / "own", names)))
+    order = np.argsort(names)
+    assert len(train.paths) == 48 and not query.paths and not gallery.paths
+    wanted = PEOPLE[order] if people else np.full(48, -1)
+    assert (train.pids == wanted).all()
+    assert (train.cams == (CAMERAS[order] if cameras else 0)).all()
+    line = capsys.readouterr().err
+    if "alone" not in layout:
+        assert ("no person ids" in line) != people and ("no cameras" in line) != cameras
+
+
+def test_a_run_without_ids_ends_with_its_clusters(tmp_path, capsys):
+    names = [f"shot_{i:02d}_c{CAMERAS[i] + 1}.jpg" for i in range(48)]
+    folder = own(tmp_path / "own", names)
+    assert ccsd.main(short(folder, tmp_path / "out", "--batch-size", "4")) == {}
+    said = capsys.readouterr().out
+    assert "clusters" in said and "mAP" not in said and "ARI" not in said and "purity" not in said
+    with open(tmp_path / "out" / "clusters.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    state = common.load_checkpoint(str(tmp_path / "out" / "last.pt"))
+    assert [os.path.basename(row["file"]) for row in rows] == sorted(names)
+    assert [int(row["cluster"]) for row in rows] == state["labels"].tolist()
+    assert [int(row["camera"]) for row in rows] == CAMERAS.tolist()
+    ccsd.main(short(folder, tmp_path / "out", "--batch-size", "4"))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_mixed_folder_says_what_is_missing(tmp_path):
+    names = [f"{PEOPLE[i]:04d}_c1_{i}.jpg" if i % 3 else f"img{i}.jpg" for i in range(48)]
+    train, *_ = common.load(str(own(tmp_path / "own", names)))
+    assert (train.pids == -1).all() and (train.cams == 0).all()  # what one does not say, none does
+    os.makedirs(tmp_path / "empty" / "folders")
+    with pytest.raises(common.Problem, match="nor images"):
+        common.load(str(tmp_path / "empty"))
+
+
+def test_splits_that_are_missing_linked_or_misspelt(tiny, tmp_path):
+    for part in ("query", "bounding_box_test"):
+        shutil.copytree(tiny, tmp_path / part / "d")
+        shutil.rmtree(tmp_path / part / "d" / part)
+        with pytest.raises(common.Problem, match=f"bounding_box_train.* but not {part}"):
+            common.load(str(tmp_path / part / "d"))
+    with pytest.raises(common.Problem, match="did you mean market1501"):
+        common.load("Market-1501", str(tmp_path))
+    os.makedirs(tmp_path / "linked")
+    for part in common.TRIPLES[0]:
+        os.symlink(tiny / part, tmp_path / "linked" / part)
+    assert [len(split.paths) for split in common.load(str(tmp_path / "linked"))] == [72, 12, 24]
+
+
+def test_a_source_needs_training_images_only(tiny, tmp_path):
+    folder = draw(tmp_path / "s", train=9, test=4, cameras=2, shots=4)
+    for part in ("query", "bounding_box_test"):
+        shutil.rmtree(folder / part)
+    words = ["--source", str(folder), "--source-epochs", "1", "--source-iters", "2", "--nets", "1"]
+    sskd.train_source(sskd.get_args(short(tiny, tmp_path / "a", *words)), 1, torch.device("cpu"),
+                      common.read_images(common.load(str(tiny))[0], 64, 32))
+    assert (tmp_path / "a" / "source" / "1" / "last.pt").exists()
+    names = [f"IMG{i:02d}.jpg" for i in range(48)]
+    words[1] = str(own(tmp_path / "own", names))
+    with pytest.raises(common.Problem, match="has it labels"):
+        sskd.train_source(sskd.get_args(short(tiny, tmp_path / "b", *words)), 1,
+                          torch.device("cpu"), torch.zeros(20, 3, 64, 32, dtype=torch.uint8))
+
+
+def test_random_weights_start_from_the_toy_set_s_settings():
+    args = ccsd.get_args(["--data", "my/folder", "--weights", "none"])
+    assert (args.arch, args.eps, args.size) == ("small", .45, (96, 48))
+    args = ccsd.get_args(["--data", "my/folder"])
+    assert (args.arch, args.eps, args.size) == ("resnet50", .6, (256, 128))
+
+
+# ---------------------------------------------------------------------------------- small stumbles
+
+def test_one_flipped_byte_is_noticed(tiny, tmp_path):
+    ccsd.main(short(tiny, tmp_path))
+    path = tmp_path / "last.pt"
+    whole = bytearray(path.read_bytes())
+    for place in np.random.default_rng(0).integers(len(whole) // 4, len(whole) // 2, 5):
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 64
+        path.write_bytes(spoilt)
+        with pytest.raises(common.Problem, match="damaged"):
+            common.load_encoder(str(path))
+
+
+def test_a_long_run_says_how_long(tmp_path, capsys, monkeypatch):
+    args = ccsd.get_args(["--data", "x", "--out", str(tmp_path / "a")])
+    log, now = common.Log(args.out, "cpu", args), [0.]
+    monkeypatch.setattr(common.time, "time", lambda: now[0])
+
+    def batches(n):
+        for i in range(n):
+            now[0] += 10                                           # seconds a step
+            yield i
+    assert list(log.steps(batches(200), "epoch 1", 200)) == [(i, i) for i in range(200)]
+    said = capsys.readouterr().err
+    assert f"about {10 * 200 * 50 / 3600:.1f} hours" in said and "--arch resnet18-layer3" in said
+    list(log.steps(batches(200), "epoch 2", 200))
+    assert "hours" not in capsys.readouterr().err                  # once is enough
+    ccsd.get_args(["--data", "market1501", *common.ON_A_CPU.split()])
+    sskd.get_args(["--data", "market1501", *common.ON_A_CPU.split()])
+
+
+def test_time_left(tiny, tmp_path, capsys):
+    ccsd.main(short(tiny, tmp_path))
+    first, last = [line for line in capsys.readouterr().out.splitlines() if "epoch " in line]
+    assert re.search(r"\d+ s, \d+ s left$", first) and not last.endswith("left")
+
+
+def test_bars_are_for_terminals(tiny, tmp_path):
+    done = program("ccsd.py", *short(tiny, tmp_path / "a", "--eps", ".01"))
+    assert done.returncode == 2 and "%|" not in done.stderr
+
+
+def test_a_closed_pipe_or_no_stderr_end_no_run(tiny, tmp_path):
+    words = " ".join(map(str, short(tiny, tmp_path / "b", "--epochs", "1", "--warm-up", "1")))
+    code = subprocess.run(f"({sys.executable} {os.path.join(HERE, 'ccsd.py')} {words}; "
+                          f"echo $? > {tmp_path}/code) 2>&- | true", shell=True)
+    assert code.returncode == 0 and open(tmp_path / "code").read().strip() == "0"
+    assert losses(tmp_path / "b")[-1]["epoch"] == 1
+
+
+def test_an_absurd_folder_is_one_line(tiny, tmp_path, capsys):
+    for out in ("a/" * 4000, "a" * 300, "a\0b"):
+        says = refusal(lambda: ccsd.main(short(tiny, tmp_path / out)), capsys)
+        assert "cannot be written" in says and "--out" in says
+
+
+def test_ctrl_c_during_imports(tmp_path):
+    """The signal comes while torch is imported: the end, without a traceback."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Stop())\n")
+    done = subprocess.run([sys.executable, os.path.join(HERE, "ccsd.py"), "--help"], text=True,
+                          capture_output=True, env=dict(os.environ, PYTHONPATH=str(tmp_path)))
+    assert done.returncode in (130, -signal.SIGINT) and not done.stderr, done.stderr
+
+
+def test_nothing_is_left_open(tiny, tmp_path):
+    done = subprocess.run([sys.executable, "-W", "error::ResourceWarning", "-X", "dev",
+                           os.path.join(HERE, "ccsd.py"), *short(tiny, tmp_path, *FEW)], text=True,
+                          capture_output=True)
+    assert done.returncode == 0 and "ResourceWarning" not in done.stderr, done.stderr[-2000:]
+
+
+def test_pictures_of_another_size_are_read(tmp_path):
+    Image.new("RGB", (300, 500), (10, 20, 30)).save(tmp_path / "a.png")
+    split = common.Split([str(tmp_path / "a.png")], None, None)
+    assert common.read_images(split, 64, 32).shape == (1, 3, 64, 32)
