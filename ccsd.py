@@ -34,7 +34,7 @@ Differences from the paper: unknown, only abstract and introduction were at hand
   N4 KL(teacher || student) over the clusters that both cameras see, the image's own among them
   N5 group memories move like those of clusters, with the momentum GROUP_MOMENTUM
   W  --weights none adds what no paper claims: a warm-up without labels, colour jitter, IBN-a
-     blocks in the small network, and features centred per camera before clustering
+     blocks in the small network, and --centre: clusters of features less their camera's mean
 Run
   python ccsd.py                                     toy set, 2 CPU cores: about 80 s, 78 mAP
   python ccsd.py --data market1501 --root data       one GPU of 24 GB, estimated: not measured
@@ -220,7 +220,7 @@ def main(argv=None):
         features = common.extract_features(model, images)                         # (N, D)
 
         # ---- 2 pseudo labels: dense groups of images that share neighbours
-        centred = common.centre_cameras(features, cams) if from_scratch else features  # W
+        centred = common.centre_cameras(features, cams) if args.centre else features  # W
         if args.true_ids:
             labels = common.renumber(train.pids)                                  # (N,)
         else:

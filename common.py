@@ -1022,8 +1022,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc, **options):
         text, _, commands = doc.partition("\nRun\n")
         text = "\n\n".join([*text.split("\n\n")[:2], commands]).strip()
-        super().__init__(usage="%(prog)s [flags]", description=text, allow_abbrev=False, **options,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            usage="%(prog)s [flags]", description=text, allow_abbrev=False, **options,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100))
 
     def error(self, message):
         raise Problem(f"{message} (--help explains every flag)")
@@ -1051,7 +1052,7 @@ def add_schedule_flags(parser, published):
             help=f"{text} (%(default)s / {published[name]})")
 
 
-def add_run_flags(parser):
+def add_run_flags(parser, warm_up=True):
     """The flags of every page about data, network and machine."""
     add = parser.add_argument_group("run").add_argument
     add("--data", default="toy", help=f"a folder or {', '.join(DATASETS)}; it sets the other "
@@ -1066,13 +1067,16 @@ def add_run_flags(parser):
     add("--device", default="auto", choices=DEVICES, help="(%(default)s)")
     add("--arch", choices=ARCHS, help="network (%(default)s)")
     add("--weights", help="imagenet, none, or a torchvision FILE (%(default)s)")
-    add("--warm-up", type=number(int, 0), default=4, help="epochs without labels before the first "
-        "clustering, with --weights none only (%(default)s)")
+    if warm_up:
+        add("--warm-up", type=number(int, 0), default=4, help="epochs without labels before the "
+            "first clustering, with --weights none only (%(default)s)")
     add("--size", type=number(int, 32, 2048), nargs=2, metavar=("H", "W"), help="of an image (toy "
         "set 96 48, published 256 128)")
     add("--fp32", action="store_true", help="no bfloat16 on CUDA, where it is the default")
     add("--bf16", action="store_true", help="bfloat16 elsewhere; faster if the CPU has it")
     add("--recompute", action="store_true", help="less memory for a third more time")
+    add("--centre", action="store_true", help="subtract each camera's mean feature before "
+        "clustering, which is no step of the papers (always with --weights none)")
     add("--true-ids", action="store_true", help="no clustering but the true ids: an upper bound")
 
 
@@ -1103,6 +1107,7 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
     for note in {note for _, note in folders if note and not args.out}:
         say(note, sys.stderr)
     args.out = own
+    args.centre = args.centre or args.weights == "none"
     return args
 
 

@@ -39,7 +39,7 @@ Not said in paper or code, chosen here
   N1 the first round counts in the schedule: --lr-drop 20 acts after epochs 19 and 39, as in the
      code, and the cosine of --lr-drop 0 spans it too
   W  --weights none adds what no paper claims: a warm-up without labels, colour jitter, IBN-a
-     blocks in the small network, and features centred per camera before clustering
+     blocks in the small network, and --centre: clusters of features less their camera's mean
 Run
   python mskd.py                                     toy set, 2 CPU cores: 139 s, 85 mAP
   python mskd.py --data market1501 --root data       one GPU of 24 GB, estimated: not measured
@@ -208,7 +208,7 @@ def train_stage(args, stage, out, teacher_folder=None):
         features = common.extract_features(sees, images)                          # (3, N, D)
 
         # ---- 2 pseudo labels: dense groups of images that share neighbours in all views
-        centred = common.centre_cameras(features, cams) if from_scratch else features  # W
+        centred = common.centre_cameras(features, cams) if args.centre else features  # W
         if args.true_ids:
             labels = common.renumber(train.pids)                                  # (N,)
         else:

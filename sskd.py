@@ -35,9 +35,9 @@ Differences from the code, and choices where it does not speak
   D5 a ReLU after the first batch norm (none); Jaccard distance of 20 columns (21), weights exp(-d)
      (d over its column's largest); seeds from --seed (1, 2, 3)
   N1 whether L_ms and L_nuc are the paper's too we do not know: --ms 0 --nuc 0
-  W  --weights none adds what no paper claims: colour jitter on the target, IBN-a blocks, features
-     centred per camera, network by network, before clustering and in soft labels, whose classifiers
-     stay for the epoch: centred rows must not be averaged with others
+  W  --weights none adds what no paper claims: colour jitter on the target, IBN-a blocks, and
+     --centre: each network's features less their camera's mean, before clustering and in soft
+     labels, whose classifiers stay for the epoch: centred rows must not be averaged with others
 Run
   python sskd.py                                     toy domains, 2 CPU cores: 199 s, 76 mAP
   python sskd.py --source msmt17 --data market1501   one GPU of 16 GB: not measured
@@ -64,7 +64,7 @@ SETTINGS["toy-source"] = dict(SETTINGS["toy"], source="toy")
 SETTINGS["msmt17"] = dict(SETTINGS["market1501"], source="market1501")
 WEIGHT_DECAY, SMOOTHING = 5e-4, .1  # SMOOTHING: share of a hard label that is spread over all
 TARGET_FLAGS = ("sources", "nets", "id", "soft", "ms", "nuc", "alpha", "shared_view", "rho", "eps",
-                "k1", "epochs", "iters", "lr_drop", "warm_up", "true_ids")  # not of the source
+                "k1", "epochs", "iters", "lr_drop", "centre", "true_ids")  # not of the source
 
 
 def get_args(argv=None):
@@ -90,7 +90,7 @@ def get_args(argv=None):
     add("--source-epochs", type=number(int, 1), help="epochs on the source (%(default)s / 80)")
     add("--source-iters", type=number(int, 1), help="batches per source epoch (%(default)s / 100)")
     common.add_schedule_flags(parser, SETTINGS["market1501"])
-    common.add_run_flags(parser)
+    common.add_run_flags(parser, warm_up=False)
     args = common.parse(parser, argv, "sskd", SETTINGS, TARGET_FLAGS)
     if args.source == args.data:
         raise common.Problem(f"--source and --data are both {args.data} (name two data sets)")
@@ -250,7 +250,7 @@ def main(argv=None):
         features = F.normalize(each.sum(0))                                       # (N, D)
 
         # ---- 2 pseudo labels: dense groups of images that share neighbours
-        centred = common.centre_cameras(each, cams) if from_scratch else each  # W
+        centred = common.centre_cameras(each, cams) if args.centre else each  # W
         centred = F.normalize(centred.sum(0))                                     # (N, D)
         if args.true_ids:
             labels, radius = common.renumber(train.pids), 0                       # (N,)
@@ -265,7 +265,7 @@ def main(argv=None):
         rows = common.cluster_means(features, labels)                             # (C, D)
         classifiers = [rows.clone().requires_grad_() for _ in students]  # D1
         slow_classifiers = [common.cluster_means(centred, labels) for _ in slow]
-        camera_means = common.camera_means(each, cams) if from_scratch else None  # (n, N, D)
+        camera_means = common.camera_means(each, cams) if args.centre else None  # (n, N, D)
         optimizer = torch.optim.Adam([*classifiers, *students.parameters()], args.lr,
                                      weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
         y = torch.from_numpy(labels).to(device)
@@ -316,7 +316,7 @@ def main(argv=None):
             # 5g slow copies follow, and so forget the noise of single steps
             alpha_t = min(1 - 1 / (epoch * args.iters + step + 1), args.alpha)
             follow(slow.parameters(), students.parameters(), alpha_t)
-            if not from_scratch:  # W
+            if not args.centre:  # W
                 follow(slow_classifiers, classifiers, alpha_t)
 
         # ---- 6 report, evaluate, save; the first slow copy of the last epoch is the result D3

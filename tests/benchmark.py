@@ -2,6 +2,7 @@
 
   python tests/benchmark.py clustering 12936 32621      search, Jaccard distance, DBSCAN of N images
   python tests/benchmark.py evaluation 3368x15913       ranking of Q queries in a gallery of G
+  python tests/benchmark.py rerank 3368x15913 --ours    the same with k-reciprocal re-ranking
   python tests/benchmark.py step toy paper resnet18     a training step: speed, parts, what may help
 
 Features are synthetic: 2,048 dimensions, people of 17 images, 6 cameras; the references are on the
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common  # noqa: E402
+import eval as scoring  # noqa: E402
 
 
 def draw(n, seed=0, d=2048):
@@ -117,15 +119,22 @@ def measure_clustering(kind, n, device):
                 digest=hash(common.renumber(part).tobytes()))
 
 
-def measure_evaluation(kind, q, g, device):
+def measure_ranking(what, kind, q, g, device):
     (features, who, where), (others, whose, wheres) = draw(q, 1), draw(g, 2)
     if kind == "ours":
         features, others = features.to(device), others.to(device)
     query, gallery = (common.Split([""] * len(p), p % 750, c) for p, c in
                       ((who, where), (whose, wheres)))
     before, start = reset_peak(), time.perf_counter()
-    rank = dict(loop=loop_evaluation, ours=common.evaluate)[kind]
-    scores = rank(features, others, query, gallery)
+    if what == "rerank":
+        rank = dict(dense=slow.rerank, ours=scoring.rerank)[kind]
+        similar = rank(features, others, 20, 6, .3)
+        if kind == "dense":
+            similar = (-torch.from_numpy(similar)).split(256)
+        scores = common.score_ranking(similar, query, gallery)
+    else:
+        rank = dict(loop=loop_evaluation, ours=common.evaluate)[kind]
+        scores = rank(features, others, query, gallery)
     return dict(all=time.perf_counter() - start, MiB=memory() - before,
                 digest=round(scores["mAP"], 6))
 
@@ -277,16 +286,16 @@ def compare(what, size, kinds, repeats, device):
 
 def main():
     parser = common.Parser(__doc__)
-    parser.add_argument("what", choices=("clustering", "evaluation", "step"))
+    parser.add_argument("what", choices=("clustering", "evaluation", "rerank", "step"))
     parser.add_argument("sizes", nargs="*", help="N, or QxG, or toy, paper, resnet18")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ours", action="store_true", help="no reference, for sizes beyond it")
     parser.add_argument("--device", default="auto", choices=common.DEVICES)
     args = parser.parse_args()
     device = common.pick_device(args.device).type
-    shape = dict(clustering=r"\d+", evaluation=r"\d+x\d+", step="|".join(STEPS))[args.what]
-    for size in args.sizes or dict(clustering=["12936"], evaluation=["3368x15913"],
-                                   step=["toy"])[args.what]:
+    shape, size = dict(clustering=(r"\d+", "12936"), evaluation=(r"\d+x\d+", "3368x15913"),
+                       rerank=(r"\d+x\d+", "200x1000"), step=("|".join(STEPS), "toy"))[args.what]
+    for size in args.sizes or [size]:
         if not re.fullmatch(shape, size):
             raise common.Problem(f"{args.what} has no size {size!r} (see --help)")
         if args.what == "step":
@@ -294,9 +303,8 @@ def main():
         elif args.ours:
             print(size, child(args.what, "ours", *size.split("x"), device))
         else:
-            compare(args.what, size.split("x"), dict(clustering=("dense", "ours"),
-                                                     evaluation=("loop", "ours"))[args.what],
-                    args.repeats, device)
+            reference = "loop" if args.what == "evaluation" else "dense"
+            compare(args.what, size.split("x"), (reference, "ours"), args.repeats, device)
 
 
 if __name__ == "__main__":
@@ -304,8 +312,9 @@ if __name__ == "__main__":
         what, kind, *sizes = sys.argv[2:]
         if what == "step":
             print(json.dumps(measure_step(*sizes, **VARIANTS[kind])))
+        elif what == "clustering":
+            print(json.dumps(measure_clustering(kind, int(sizes[0]), sizes[-1])))
         else:
-            measure = dict(clustering=measure_clustering, evaluation=measure_evaluation)[what]
-            print(json.dumps(measure(kind, *map(int, sizes[:-1]), sizes[-1])))
+            print(json.dumps(measure_ranking(what, kind, *map(int, sizes[:-1]), sizes[-1])))
     else:
         common.run(main, resume=None)

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import HERE, SHORT, draw, losses, program, refusal, short, weights
 from PIL import Image
 
@@ -343,3 +344,29 @@ def test_pictures_of_another_size_are_read(tmp_path):
     Image.new("RGB", (300, 500), (10, 20, 30)).save(tmp_path / "a.png")
     split = common.Split([str(tmp_path / "a.png")], None, None)
     assert common.read_images(split, 64, 32).shape == (1, 3, 64, 32)
+
+
+@pytest.mark.parametrize("page", [ccsd, mskd, sskd], ids=["ccsd", "mskd", "sskd"])
+def test_centre_is_a_flag_with_any_weights(page, tiny, tmp_path, monkeypatch, watch):
+    """Clustering sees features less their camera's mean with --centre, and plain ones without."""
+    path = tmp_path / "resnet18.pth"
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    words = short(tiny, tmp_path / "a", "--arch", "resnet18-layer3", "--weights", str(path),
+                  "--epochs", "1")
+    pids = common.load(str(tiny))[0].pids
+    monkeypatch.setattr(common, "dbscan", lambda *_, **__: common.renumber(pids))
+    if page is sskd:
+        source = draw(tmp_path / "s", train=9, test=4, cameras=2, shots=4)
+        words += ["--source", str(source), "--source-epochs", "1", "--source-iters", "1",
+                  "--nets", "1"]
+    seen, extracted = watch(common, "jaccard_distance"), watch(common, "extract_features")
+    for more, wanted in (([], 0), (["--centre"], 1)):
+        seen.clear(), extracted.clear()
+        page.main([*words, "--out", str(tmp_path / f"{len(more)}"), *more])
+        cams = common.load(str(tiny))[0].cams
+        features = next(result for (_, images, *_), result in extracted if len(images) == len(cams))
+        features = features[0] if features.dim() == 3 else features
+        plain = torch.allclose(seen[0][0][0], features, atol=1e-6)
+        centred = torch.allclose(seen[0][0][0], common.centre_cameras(features, cams), atol=1e-6)
+        assert (plain, centred) == (not wanted, bool(wanted))
