@@ -60,7 +60,7 @@ def rerank(query_features, gallery_features, k1=20, k2=6, lam=.3, block=256):
         yield torch.from_numpy(-(1 - lam) * jaccard - lam * euclid)
 
 
-def rank_queries(features, query, gallery, top=8, block=256):
+def rank_queries(features, query, gallery, top=7, block=256):
     """-> for every query i with a right answer a dict of what the scores are means of.
 
     precision (R,): at the rank of each right answer, the best first; its mean is AP, and the first

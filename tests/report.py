@@ -32,12 +32,13 @@ h3 {margin: 1em 0 .3em; font-size: 1em}
 h2 {margin: 2em 0 .6em; padding-top: .8em; font-size: 1.3em; border-top: 1px solid var(--rule)}
 .grid {display: grid; gap: 8px 32px; align-items: start; grid-template-columns:
 repeat(auto-fit, minmax(min(100%, 420px), 1fr))} figure {margin: 0 0 1em; min-width: 0}
-p {margin: .3em 0; max-width: 75ch} span {display: inline-block} svg {display: block; max-width: 540px; fill: var(--ink);
-font: 12px system-ui, sans-serif} .axis {stroke: var(--rule)} .curve {fill: none; stroke-width: 2}
-.wide {overflow-x: auto} th, td {padding: 3px 9px; text-align: center}
+p {margin: .3em 0; max-width: 75ch} span {display: inline-block}
+svg {display: block; max-width: 540px; fill: var(--ink); font: 12px system-ui, sans-serif}
+ .axis {stroke: var(--rule)} .curve {fill: none; stroke-width: 2}
+.wide {overflow-x: auto} th, td {padding: 3px 9px; text-align: center; white-space: nowrap}
 .strip {display: flex; flex-wrap: wrap; gap: 6px}
-.strip div {width: 70px; font: 13px/1.25 system-ui, sans-serif}
-img {box-sizing: border-box; width: 70px; height: 132px; object-fit: contain; border-radius: 3px;
+.strip div {width: 78px; font: 13px/1.25 system-ui, sans-serif}
+img {box-sizing: border-box; width: 78px; height: 148px; object-fit: contain; border-radius: 3px;
 border: 4px solid var(--rule)} .query img {border-color: var(--ink)}
 .right img {border-color: var(--c0)} .wrong img {border: 4px dashed var(--c1)}
 """ + "".join(f".s{i} {{stroke: var(--c{i})}} .f{i} {{fill: var(--c{i})}} " for i in range(8))
@@ -75,42 +76,53 @@ def ticks(values):
     return np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
 
 
-def plot(label, lines, x_name="", y_name="", marks=True, joined=True):
-    """SVG of lines or points (name, x, y): from 0 up, with ticks, if the axes have names. Names lie
-    above the plot, one a row; the aria-label says where each begins and ends."""
+def svg(label, height, parts):
+    return (f'<svg role="img" aria-label="{html.escape(label)}" viewBox="0 0 360 {height:.0f}">'
+            f'{"".join(parts)}</svg>')
+
+
+def line_chart(label, lines, x_name, y_name="", marks=True):
+    """Lines (name, x, y), from 0 up. Names lie above the plot, one a row; the aria-label says where
+    each line starts and ends."""
     xs, ys = (np.concatenate([np.asarray(line[k], float) for line in lines]) for k in (1, 2))
-    ys = np.append(ys, 0) if x_name else ys
-    named = [line for line in lines if line[0]]
-    left, right, height = (50, 348, 170) if x_name else (12, 348, 336)
-    top = 18 * len(named) + (28 if x_name else 12)
-    bottom = top + height
+    ys = np.append(ys, 0)
+    top, left, right = 18 * len(lines) + 28, 50, 348
+    bottom = top + 170
 
     def at(x, y):
         return (left + (x - xs.min()) / max(np.ptp(xs), 1e-9) * (right - left),
-                bottom - (y - ys.min()) / max(np.ptp(ys), 1e-9) * height)
+                bottom - (y - ys.min()) / max(np.ptp(ys), 1e-9) * (bottom - top))
     parts = [f'<text x="{left}" y="{top - 10}">{y_name}</text>'
              f'<text x="{right}" y="{bottom + 34}" text-anchor="end">{x_name}</text>']
-    for tick in ticks(ys) if x_name else ():
+    for tick in ticks(ys):
         y = at(0, tick)[1]
         parts.append(f'<path class="axis" d="M{left} {y:.1f}H{right}"/><text x="{left - 6}" '
                      f'y="{y + 4:.1f}" text-anchor="end">{tick:,.6g}</text>')
-    for tick in ticks(xs) if x_name else ():
+    for tick in ticks(xs):
         parts.append(f'<text x="{at(tick, 0)[0]:.1f}" y="{bottom + 18}" text-anchor="middle">'
                      f"{tick:,.6g}</text>")
     for i, (name, x, y) in enumerate(lines):
         points, row = [at(*point) for point in zip(x, y)], 18 * i + 10
-        drawn = ["L".join(f"{x:.1f} {y:.1f}" for x, y in points), f"{left} {row}h34"] * joined
-        for d in drawn:
+        for d in ("L".join(f"{x:.1f} {y:.1f}" for x, y in points), f"{left} {row}h34"):
             parts.append(f'<path class="curve s{i % 8}" stroke-dasharray="{DASHES[i % 4]}" '
                          f'd="M{d}"/>')
-        every = len(points) // 25 + 1 if joined else 1
-        parts += [mark(i, *point) for point in points[::every]] * marks
-        if name:
-            parts += [mark(i, left + 17, row)] * marks
-            parts.append(f'<text x="{left + 42}" y="{row + 4}">{html.escape(name)}</text>')
-    says = "; ".join(f"{name}, from {y[0]:.3g} to {y[-1]:.3g}" for name, _, y in lines if joined)
-    return (f'<svg role="img" aria-label="{html.escape(label)}: {html.escape(says)}" '
-            f'viewBox="0 0 360 {bottom + 42 if x_name else bottom + 12}">{"".join(parts)}</svg>')
+        if marks:
+            every = len(points) // 25 + 1
+            parts += [mark(i, *point) for point in [*points[::every], (left + 17, row)]]
+        parts.append(f'<text x="{left + 42}" y="{row + 4}">{html.escape(name)}</text>')
+    says = "; ".join(f"{name}, from {y[0]:.3g} to {y[-1]:.3g}" for name, _, y in lines)
+    return svg(f"{label}: {says}", bottom + 42, parts)
+
+
+def scatter(label, points, groups, names=()):
+    """Points (M, 2), each with the mark of its group 0, 1, ...; below, what the marks mean."""
+    low, high = points.min(0), points.max(0)
+    places = 10 + (points - low) / np.maximum(high - low, 1e-9) * 340
+    parts = [mark(g, x, y, 3) for g, (x, y) in zip(groups, places)]
+    for g, name in enumerate(names):
+        x, y = 12 + g % 6 * 58, 378 + g // 6 * 20
+        parts.append(f'{mark(g, x, y)}<text x="{x + 10}" y="{y + 4}">{name}</text>')
+    return svg(label, 366 + 20 * math.ceil(len(names) / 6), parts)
 
 
 def strip(shots):
@@ -119,7 +131,7 @@ def strip(shots):
     cells = []
     for path, words, kind in shots:
         picture, file = common.open_image(path), io.BytesIO()
-        picture.thumbnail((62, 124))
+        picture.thumbnail((70, 140))
         picture.save(file, "JPEG", quality=75)
         data = base64.b64encode(file.getvalue()).decode()
         sign = {"right": "&#10003; ", "wrong": "&#10007; ", "query": "query "}.get(kind, "")
@@ -153,8 +165,8 @@ def page(title, sections):
 # ===================================================================== figures, in a report's order
 
 CHARTS = (  # title, keys of a line of the log, what one sees, what to look for
-    ("Score on the test set in %", ("mAP", "rank1"), "mAP and rank-1 whenever the test set was ranked; "
-     "where epoch 0 has two points, the first is before the warm-up.",
+    ("Score on the test set in %", ("mAP", "rank1"), "mAP and rank-1 whenever the test set was "
+     "ranked; where epoch 0 has two points, the first is before the warm-up.",
      "a curve that still rises at the end (train longer) or falls (the labels went wrong)."),
     ("Clusters", ("clusters", "true ids"), "How many clusters DBSCAN found, and how many people "
      "there are, which nobody told it.",
@@ -183,13 +195,14 @@ def curves(runs):
             lines = []
             for run, log, _ in runs:
                 for key in some:
-                    points = [(line["epoch"], line[key]) for line in log if key in line]
+                    points = [(line["epoch"], line[key]) for line in log
+                              if key in line and math.isfinite(line[key])]
                     if points:
                         name = key if alone else run
                         lines.append((f"{name}: {points[-1][1]:.4g}", *zip(*points)))
             label = title if alone or title == some[0] else f"{title}: {some[0]}"
             if lines:
-                figures.append(figure(label, plot(label, lines, "epoch"), see, look))
+                figures.append(figure(label, line_chart(label, lines, "epoch"), see, look))
     return grid(figures)
 
 
@@ -209,11 +222,11 @@ def similarity(counts):
         lines = [(f"{kind}: mean {m:.2f}", x, row) for kind, m, row in zip(PAIRS, mean, y)][::-1]
         reach = share[1, np.searchsorted(EDGES, mean[2]):].sum()
         figures.append(figure(
-            name, plot(f"Similarities {name}", lines, "similarity", f"% of pairs, in steps of "
+            name, line_chart(f"Similarities {name}", lines, "similarity", f"% of pairs, in steps of "
                        f"{step / 200:.3g}", marks=False),
             f"Images of one person have a mean similarity of {mean[3]:.2f} in one camera and "
-            f"{mean[2]:.2f} across cameras, which {reach:.1f} % of the pairs of different people in "
-            "one camera reach.",
+            f"{mean[2]:.2f} across cameras, which {reach:.1f} % of the pairs of different people "
+            "in one camera reach.",
             "the camera gap, between the curves of the same person, which training should close; "
             "rankings fail where curves of different people overlap with them."))
     return grid(figures)
@@ -243,7 +256,7 @@ def match_curve(ranks):
     k = np.arange(1, 21)
     lines = [(f"{name}: rank-1 {100 * (rank == 1).mean():.1f}", k,
               100 * (rank[:, None] <= k).mean(0)) for name, rank in ranks.items()]
-    return figure("Cumulative match", plot("CMC", lines, "k", "% of queries"), "The share of "
+    return figure("Cumulative match", line_chart("CMC", lines, "k", "% of queries"), "The share of "
                   "queries with a right answer among the first k.", "a steep start: what is found "
                   "at all is found at once; a low end: who is not found at all.")
 
@@ -310,8 +323,8 @@ def clusters(train, labels, known):
     for title, images, person in groups:
         images, shots = spread(images[np.lexsort((cams[images], labels[images]))], 12), []
         for i in images:
-            words = f"c{cams[i] + 1}" + f", id {pids[i]}" * known
-            words += f", in {labels[i]}" * title.startswith("Split")
+            words = f"c{cams[i] + 1}" + (f", in {labels[i]}" if title.startswith("Split") else
+                                         f", id {pids[i]}" if known else "")
             right = "right" if pids[i] == person else "wrong"
             shots.append((train.paths[i], words, "" if person is None else right))
         body += f"<h3>{title}</h3>{strip(shots)}"
@@ -321,7 +334,7 @@ def clusters(train, labels, known):
                   "only the same background.")
 
 
-def choose(groups, cams, most=40, images=15):
+def choose(groups, cams, most=24, images=20):
     """-> indices of images of some people (or clusters), seen by two cameras if any are; -1 is
     nobody."""
     names = np.unique(groups[groups >= 0])
@@ -335,14 +348,14 @@ def t_sne(features, groups, cams, what):
     points = TSNE(perplexity=min(30, (len(features) - 1) / 3), init="pca", random_state=0
                   ).fit_transform(features)
     near = (features @ features.T - 2 * np.eye(len(features))).argmax(1)
-    figures, marks = [], []
+    figures, same = [], []
     for title, values in ((what, groups), ("camera", cams)):
-        names = [f"c{v + 1}" if title == "camera" else "" for v in np.unique(values)]
-        lines = [(name, *points[values == v].T) for name, v in zip(names, np.unique(values))]
+        found, index = np.unique(values, return_inverse=True)
+        names = [f"c{v + 1}" for v in found] if title == "camera" else ()
         figures.append(f"<div><h3>By {title}</h3>"
-                       + plot(f"t-SNE, marks by {title}", lines, joined=False) + "</div>")
-        marks.append(f"{100 * (values[near] == values).mean():.0f} %")
+                       + scatter(f"t-SNE, marks by {title}", points, index, names) + "</div>")
+        same.append(f"{100 * (values[near] == values).mean():.0f} %")
     return figure("", grid(figures), f"{len(features)} images of {len(np.unique(groups))} {what}s: "
-                  f"the most similar other image is of the same {what} for {marks[0]} and of the "
-                  f"same camera for {marks[1]} of them.", f"islands of one {what} on the left that "
+                  f"the most similar other image is of the same {what} for {same[0]} and of the "
+                  f"same camera for {same[1]} of them.", f"islands of one {what} on the left that "
                   "hold all cameras on the right; islands of one camera are the camera gap.")
