@@ -79,8 +79,10 @@ def rank_queries(features, query, gallery, top=7, block=256):
             wrong = np.sort(row[~same_id])
             ahead = len(wrong) - np.searchsorted(wrong, row[right])               # (R,)
             n = np.arange(1, len(right) + 1)
-            answers = np.flatnonzero(~(same_id & same_cam))
-            shown = answers[np.lexsort((same_id[answers], -row[answers]))[:top]]
+            row[same_id & same_cam] = -math.inf                                   # ignored
+            last = np.partition(row, -top)[-top] if len(row) > top else -math.inf
+            shown = np.flatnonzero((row >= last) & (row > -math.inf))
+            shown = shown[np.lexsort((same_id[shown], -row[shown]))[:top]]
             ranked.append(dict(i=i, precision=n / (n + ahead), cams=gallery.cams[right],
                                shown=shown, similar=row[shown]))
     return ranked
@@ -195,10 +197,11 @@ def read_log(run):
                    for line, (quality, losses, scores) in zip(lines, groups)]   # scores in %
         run.terms = sorted({term for _, losses, _ in groups for term in losses
                             if not term.startswith("soft_")})
-        run.header, run.flags = header, {
-            name: f"--{name.replace('_', '-')} " + (
-                " ".join(map(str, value)) if isinstance(value, list) else str(value))
-            for name, value in header["args"].items()}
+        run.header, run.flags = header, {}
+        for name, value in header["args"].items():
+            values = value if isinstance(value, list) else [value]
+            values = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+            run.flags[name] = " ".join([f"--{name.replace('_', '-')}", *values])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise common.Problem(f"{run.path} holds no log of these pages (name another)") from error
 
@@ -280,20 +283,20 @@ def test_figures(run, features, images):
 
 
 def compare(runs):
-    """-> the page of several runs; the flags in which they differ are the legend."""
+    """-> the page of several runs; the legend is the flags in which they differ or, if they are of
+    several pages, their folders."""
     shared = [name for name in runs[0].flags if all(name in run.flags for run in runs)
               and name not in ("out", "root", "device", "resume")]
     differ = [name for name in shared if len({run.flags[name] for run in runs}) > 1]
+    same_page = all(run.flags.keys() == runs[0].flags.keys() for run in runs)
     rows, lines = [], []
     for run in runs:
-        words = [run.flags[name] for name in differ]
-        one_page = all(run.flags.keys() == other.flags.keys() for other in runs)
-        name = " ".join(words if one_page and words else [os.path.basename(run.folder), *words])
+        name = " ".join(run.flags[name] for name in differ) if same_page and differ else run.folder
         scores = [f"{100 * run.state['scores'].get(key, math.nan):.1f}" for key in ("mAP", "rank1")]
         rows.append([html.escape(cell) for cell in (name, run.folder, run.stand, *scores)])
         lines.append((name, run.log, run.terms))
     return report.page("Runs compared", {
-        "Runs": report.figure("", report.table(("differs in", "run", "", "mAP", "rank1"), rows),
+        "Runs": report.figure("", report.table(("flags", "run", "", "mAP", "rank1"), rows),
                               "Each run by the flags in which it differs, and its last score in %.",
                               "differences that are larger than those between seeds."),
         "Curves by epoch": report.curves(lines)})
@@ -335,7 +338,8 @@ def say(text):
         print(text, file=sys.stderr)
         if sys.stdout:  # or Python would try once more at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise common.Problem(f"standard output cannot be written: {error} (read the lines above)"
+        why = getattr(error, "strerror", None) or "it is closed"
+        raise common.Problem(f"standard output: {why} (the lines above were meant for it)"
                              ) from error
 
 
@@ -371,7 +375,7 @@ def pair(run, features, files):
     if features:
         counts = pair_counts(features, run.query, run.gallery, [found["similarity"]])  # (4, 2)
         kinds = {"same person": counts[2:].sum(0), "other person": counts[:2].sum(0),
-                 **dict(zip(report.PAIRS, counts))}
+                 **dict(zip(report.PAIRS[::-1], counts[::-1]))}
         found.update({kind: float(n[1] / n.sum().clip(1)) for kind, n in kinds.items()})
     return found
 
@@ -396,9 +400,11 @@ def main(argv=None):
               draw_run(run, features, images).encode("utf-8", "replace"))
     if args.pairs:
         found = pair(run, features, args.pairs)
-        say(json.dumps(found) if args.json else "\n".join(
-            [f"similarity {found.pop('similarity'):.3f}; at least as similar, in the test set:"]
-            + [f"  {100 * share:6.2f} % of the pairs of {kind}" for kind, share in found.items()]))
+        _, *kinds = found.items()
+        lines = [f"similarity {found['similarity']:.3f}" + ", which reach, of all pairs of a query "
+                 "and a gallery image:" * bool(kinds)]
+        lines += [f"{kind:28} {100 * share:6.2f} %" for kind, share in kinds]
+        say(json.dumps(found) if args.json else "\n".join(lines))
         return found
     if features:
         similar = rerank(*features) if args.rerank else (

@@ -103,14 +103,14 @@ def line_chart(label, lines, x_name, y_name="", marks=True):
                      f"{tick:,.6g}</text>")
     for i, (name, x, y) in enumerate(lines):
         points, row = [at(*point) for point in zip(x, y)], 18 * i + 10
-        for d in ("L".join(f"{x:.1f} {y:.1f}" for x, y in points), f"{left} {row}h34"):
-            parts.append(f'<path class="curve s{i % 8}" stroke-dasharray="{DASHES[i % 4]}" '
-                         f'd="M{d}"/>')
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        parts.append(f'<path class="curve s{i % 8}" stroke-dasharray="{DASHES[i % 4]}" '
+                     f'd="M{left} {row}h34{path and "M" + path}"/>')
         if marks:
             every = len(points) // 25 + 1
             parts += [mark(i, *point) for point in [*points[::every], (left + 17, row)]]
         parts.append(f'<text x="{left + 42}" y="{row + 4}">{html.escape(name)}</text>')
-    says = "; ".join(f"{name}, from {y[0]:.3g} to {y[-1]:.3g}" for name, _, y in lines)
+    says = "; ".join(f"{name}, from {y[0]:.3g} to {y[-1]:.3g}" for name, _, y in lines if len(y))
     return svg(f"{label}: {says}", bottom + 42, parts)
 
 
@@ -197,11 +197,13 @@ def curves(runs):
                 for key in some:
                     points = [(line["epoch"], line[key]) for line in log
                               if key in line and math.isfinite(line[key])]
+                    name = key if alone else run if len(run) < 32 else run[:30] + "..."
                     if points:
-                        name = key if alone else run
                         lines.append((f"{name}: {points[-1][1]:.4g}", *zip(*points)))
-            label = title if alone or title == some[0] else f"{title}: {some[0]}"
-            if lines:
+                    elif not alone:  # a run keeps its colour in all charts
+                        lines.append((f"{name}: none", (), ()))
+            label = title if alone else f"{title}: {some[0]}"
+            if any(x for _, x, _ in lines):
                 figures.append(figure(label, line_chart(label, lines, "epoch"), see, look))
     return grid(figures)
 
@@ -222,8 +224,8 @@ def similarity(counts):
         lines = [(f"{kind}: mean {m:.2f}", x, row) for kind, m, row in zip(PAIRS, mean, y)][::-1]
         reach = share[1, np.searchsorted(EDGES, mean[2]):].sum()
         figures.append(figure(
-            name, line_chart(f"Similarities {name}", lines, "similarity", f"% of pairs, in steps of "
-                       f"{step / 200:.3g}", marks=False),
+            name, line_chart(f"Similarities {name}", lines, "similarity",
+                             f"% of pairs, in steps of {step / 200:.3g}", marks=False),
             f"Images of one person have a mean similarity of {mean[3]:.2f} in one camera and "
             f"{mean[2]:.2f} across cameras, which {reach:.1f} % of the pairs of different people "
             "in one camera reach.",
