@@ -293,10 +293,10 @@ def compare(runs):
     for run in runs:
         name = " ".join(run.flags[name] for name in differ) if same_page and differ else run.folder
         scores = [f"{100 * run.state['scores'].get(key, math.nan):.1f}" for key in ("mAP", "rank1")]
-        rows.append([html.escape(cell) for cell in (name, run.folder, run.stand, *scores)])
+        rows.append([html.escape(cell) for cell in (name, *scores, run.stand, run.folder)])
         lines.append((name, run.log, run.terms))
     return report.page("Runs compared", {
-        "Runs": report.figure("", report.table(("flags", "run", "", "mAP", "rank1"), rows),
+        "Runs": report.figure("", report.table(("flags", "mAP", "rank1", "", "run"), rows),
                               "Each run by the flags in which it differs, and its last score in %.",
                               "differences that are larger than those between seeds."),
         "Curves by epoch": report.curves(lines)})
