@@ -191,6 +191,7 @@ def read_log(run):
     """Give the run its log: header, lines as flat dicts, names of the loss terms, flags."""
     try:
         header, *lines = map(json.loads, run.state["lines"])
+        [float(line["epoch"]) for line in lines]  # anything else is no log
         groups = [[line.pop(group, {}) for group in ("quality", "losses", "scores")]
                   for line in lines]
         run.log = [dict(line, **quality, **losses, **{k: 100 * v for k, v in scores.items()})

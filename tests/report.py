@@ -204,7 +204,8 @@ def curves(runs):
                         lines.append((f"{name}: none", (), ()))
             label = title if alone else f"{title}: {some[0]}"
             if any(x for _, x, _ in lines):
-                figures.append(figure(label, line_chart(label, lines, "epoch"), see, look))
+                chart = line_chart(label, lines, "epoch")
+                figures.append(figure(html.escape(label), chart, see, look))
     return grid(figures)
 
 
