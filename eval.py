@@ -1,20 +1,34 @@
-"""Score a trained network on any data set, with or without re-ranking.
+"""Score a trained network on any data set, and draw a report of its run to look at.
 
   python eval.py runs/ccsd-toy-s0                          the data set it was trained on
-  python eval.py runs/ccsd-toy-s0 --data toy-source --root data   any other, drawn into data/
+  python eval.py runs/ccsd-toy-s0 --data toy-source        any other
   python eval.py runs/ccsd-market1501-s0 --rerank --json   k-reciprocal re-ranking; one line of JSON
+  python eval.py runs/ccsd-toy-s0 --report                 writes runs/ccsd-toy-s0/report.html
+  python eval.py runs/a runs/b --report ab.html            curves of several runs in one plot
+  python eval.py runs/ccsd-toy-s0 --pairs A.jpg B.jpg      how similar, and what that means
+  python eval.py runs/ccsd-toy-s0 --save-features F.npz    features, paths, pids, cams, split
 
 Market-1501's rule: gallery images of the query's person and camera are ignored. mAP is not
 interpolated. Re-ranking uses the gallery's own structure: compare it with re-ranked figures only.
+A report shows images of its data set, whose terms hold for it too.
 """
 
 import argparse
+import html
+import io
 import json
+import math
 import os
+import sys
 
 import common  # before torch: Ctrl-C during the imports is quiet
 import numpy as np
 import torch
+
+sys.path.insert(0, os.path.join(common.HERE, "tests"))
+import report  # noqa: E402  the figures, beside tests/toy.py
+
+# ========================================================================================= rankings
 
 
 def rerank(query_features, gallery_features, k1=20, k2=6, lam=.3, block=256):
@@ -45,44 +59,377 @@ def rerank(query_features, gallery_features, k1=20, k2=6, lam=.3, block=256):
         yield torch.from_numpy(-(1 - lam) * jaccard - lam * euclid)
 
 
+def rank_queries(features, query, gallery, top=7, block=256):
+    """-> for every query i with a right answer a dict of what the scores are means of.
+
+    precision (R,): at the rank of each right answer, the best first; its mean is AP, and the first
+    right answer has rank 1 / precision[0]. cams (R,): their cameras. shown, similar: the first
+    `top` gallery images. Ignored images are left out; of equals, the wrong one ranks first.
+    """
+    ranked = []
+    for start in range(0, len(query.pids), block):
+        rows = (features[0][start:start + block] @ features[1].T).cpu().numpy()   # (block, G)
+        for i, row in enumerate(rows, start):
+            same_id, same_cam = gallery.pids == query.pids[i], gallery.cams == query.cams[i]
+            right = np.flatnonzero(same_id & ~same_cam)
+            if len(right) == 0:
+                continue
+            right = right[np.argsort(-row[right], kind="stable")]
+            wrong = np.sort(row[~same_id])
+            ahead = len(wrong) - np.searchsorted(wrong, row[right])               # (R,)
+            n = np.arange(1, len(right) + 1)
+            row[same_id & same_cam] = -math.inf                                   # ignored
+            last = np.partition(row, -top)[-top] if len(row) > top else -math.inf
+            shown = np.flatnonzero((row >= last) & (row > -math.inf))
+            shown = shown[np.lexsort((same_id[shown], -row[shown]))[:top]]
+            ranked.append(dict(i=i, precision=n / (n + ahead), cams=gallery.cams[right],
+                               shown=shown, similar=row[shown]))
+    return ranked
+
+
+def by_camera_pair(ranked, query, cameras):
+    """-> precision and weight, (V, V): camera of the query, camera of the right answer.
+
+    A query's AP is the mean over its R right answers, so each weighs 1 / R. Entries are means of
+    the precision under these weights (NaN without any); their mean under `weight` is mAP.
+    """
+    total, weight = np.zeros((2, cameras, cameras))
+    for r in ranked:
+        row, share = query.cams[r["i"]], 1 / len(r["cams"])
+        np.add.at(total[row], r["cams"], share * r["precision"])
+        np.add.at(weight[row], r["cams"], share)
+    return np.where(weight > 0, total / weight.clip(1e-12), np.nan), weight
+
+
+def pair_counts(features, query, gallery, edges, block=256):
+    """Count the similarities of a query and a gallery image, over all pairs -> (4, E + 1) int64.
+
+    A row for each of report.PAIRS; column j: at least edges[j - 1], less than edges[j]. edges (E,).
+    """
+    edges = torch.as_tensor(edges, dtype=torch.float32)
+    columns, counts = len(edges) + 1, 0
+    for start in range(0, len(query.pids), block):
+        rows = slice(start, start + block)
+        similar = (features[0][rows] @ features[1].T).cpu()                       # (block, G)
+        kind = torch.from_numpy(2 * (query.pids[rows, None] == gallery.pids)
+                                + (query.cams[rows, None] == gallery.cams))       # (block, G)
+        cell = kind * columns + torch.bucketize(similar, edges, right=True)
+        counts = counts + torch.bincount(cell.flatten(), minlength=4 * columns)
+    return counts.view(4, columns).numpy()
+
+
+# ============================================================================================ a run
+
+
+def open_run(path):
+    """-> what a run's folder or its last.pt holds. home: the folder in which it was started, if its
+    --out is the end of its folder's name, else ""; planned: epochs it is to have."""
+    path = os.path.join(path, "last.pt") if os.path.isdir(path) else path
+    model, state = common.load_encoder(path)
+    folder, home = os.path.dirname(path) or ".", ""
+    place, out = os.path.abspath(folder), os.sep + os.path.normpath(str(state.get("out")))
+    for _ in range(3):  # a teacher or a source network lies one or two folders below --out
+        home = place.removesuffix(out) if place.endswith(out) else home
+        place = os.path.dirname(place)
+    planned = state["source_epochs" if "classifier" in state else "epochs"]
+    return argparse.Namespace(path=path, folder=folder, home=home, model=model, state=state,
+                              planned=planned, stand=f"epoch {state['epoch']} of {planned}")
+
+
+def locate(path, home):
+    """A path of a run -> where it is from the run's home or, failing that, from here."""
+    return next((p for p in (os.path.join(home, path), path) if os.path.exists(p)), path)
+
+
+def load_data(run, args):
+    """Give the run the Splits of its own or another data set.
+
+    Nothing is drawn into a --root that was typed, which may be mistyped, nor where a checkpoint
+    says; a toy set that is missing is drawn only into data/, the pages' own place, if that exists.
+    """
+    run.data = args.data or run.state["data"]
+    if not args.data and run.data not in common.DATASETS:
+        run.data = locate(run.data, run.home)
+    root = args.root or locate(run.state["root"], run.home)
+    draw = not args.root and run.state["root"] == "data" and os.path.isdir(root)
+    run.train, run.query, run.gallery = common.load(run.data, root, draw=draw)
+    run.tested = bool((run.query.pids >= 0).any() and len(run.gallery.pids))
+
+
+def prepare(model, state, device):
+    """-> the network on the device, computing as the run did."""
+    return model.on(device, argparse.Namespace(bf16=state["bf16"], fp32=state["fp32"],
+                                               recompute=False))
+
+
+def embed(model, images):
+    """(N, 3, H, W) uint8 -> (N, D) features; of a network with parts the global ones."""
+    features = common.extract_features(model, images)
+    return features[0] if model.parts else features
+
+
+def initial_network(run):
+    """-> the network before training and what it is; or None and why there is none."""
+    state = run.state
+    try:
+        if "classifier" in state:
+            return None, "a source network does not keep its first weights"
+        if "nets" in state:
+            folder = locate(state["sources"] or os.path.join(run.folder, "source"), run.home)
+            return common.load_encoder(os.path.join(folder, "1", "last.pt"))[0], "source network 1"
+        weights = state["weights"]
+        weights = weights if weights in ("none", "imagenet") else locate(weights, run.home)
+        common.seed_everything(state["seed"])  # as the page did before it made its network
+        network = common.Encoder(state["arch"], weights, state["parts"], state["pooling"])
+        return network, "random weights" if weights == "none" else os.path.basename(weights)
+    except (common.Problem, KeyError, TypeError, ValueError) as problem:
+        return None, str(problem)
+
+
+def read_log(run):
+    """Give the run its log: header, lines as flat dicts, names of the loss terms, flags."""
+    try:
+        header, *lines = map(json.loads, run.state["lines"])
+        [float(line["epoch"]) for line in lines]  # anything else is no log
+        groups = [[line.pop(group, {}) for group in ("quality", "losses", "scores")]
+                  for line in lines]
+        run.log = [dict(line, **quality, **losses, **{k: 100 * v for k, v in scores.items()})
+                   for line, (quality, losses, scores) in zip(lines, groups)]   # scores in %
+        run.terms = sorted({term for _, losses, _ in groups for term in losses
+                            if not term.startswith("soft_")})
+        run.header, run.flags = header, {}
+        for name, value in header["args"].items():
+            values = value if isinstance(value, list) else [value]
+            values = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+            run.flags[name] = " ".join([f"--{name.replace('_', '-')}", *values])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise common.Problem(f"{run.path} holds no log of these pages (name another)") from error
+
+
+# ======================================================================================= the report
+
+
+def about(run, scores):
+    """What was run, with which flags, and what it scores."""
+    state, header, text = run.state, run.header, ""
+    if scores:
+        keys = ("mAP", "rank1", "rank5", "rank10")
+        text = report.table(("", *keys, "queries"), [("in %", *(
+            f"{100 * scores[key]:.1f}" for key in keys), f"{scores['queries']:,}")])
+    for name, fact in (
+            ("Data", f"{run.data}, {len(run.train.paths):,} training images"),
+            ("Network", f"{state['arch']}, images of {state['size'][0]} x {state['size'][1]}"),
+            ("Training", f"{run.stand}, {state['seconds']:,.0f} s on {header.get('device')}"),
+            ("Versions", f"code {header.get('commit')}, torch {header.get('torch')}")):
+        text += f"<p><b>{name}</b> {html.escape(fact)}</p>"
+    flags = (f"<span>{html.escape(words)}</span> " for words in run.flags.values())
+    text += f"<p><b>Flags</b> {''.join(flags)}</p>"
+    return report.figure("", text, "What the network of the last finished epoch scores, and all "
+                         "that led to it.", "flags that differ, before you compare two runs.")
+
+
+def draw_run(run, features, images):
+    """-> the page of a run. features, images: of query and gallery; [] without ids."""
+    test, labels = (run.query, run.gallery), run.state.get("labels")
+    ours = "classifier" not in run.state and torch.is_tensor(labels)  # else: those of the --source
+    ours = ours and labels.shape == (len(run.train.paths),) and labels.max() >= 0
+    labels = labels.numpy() if ours else None
+    known = bool((run.train.pids >= 0).any())
+    for line in run.log:
+        if known and "clusters" in line:
+            line["true ids"] = len(np.unique(run.train.pids))
+    parts = {"Run and score": about(run, features and common.evaluate(*features, *test)),
+             "Curves by epoch": report.curves([("", run.log, run.terms)])}
+    parts.update(test_figures(run, features, images) if features else dict.fromkeys(
+        TEST_FIGURES, "<p>Left out: the test set has no ids.</p>"))
+    parts["Clusters"] = parts["t-SNE"] = "<p>Left out: no pseudo labels of these images.</p>"
+    if labels is not None:
+        parts["Clusters"] = report.clusters(run.train, labels, known)
+    if features:
+        pids, cams = (np.concatenate(both) for both in zip(run.query[1:], run.gallery[1:]))
+        index = report.choose(np.where(pids > 0, pids, -1), cams)  # a distractor is nobody
+        some = torch.cat(features)[index].cpu().numpy()
+        parts["t-SNE"] = report.t_sne(some, pids[index], cams[index], "person")
+    elif labels is not None:
+        index = report.choose(labels, run.train.cams)
+        some = common.Split([run.train.paths[i] for i in index], None, None)
+        some = embed(run.model, common.read_images(some, *run.state["size"])).cpu().numpy()
+        parts["t-SNE"] = report.t_sne(some, labels[index], run.train.cams[index], "cluster")
+    return report.page(f"Report of {run.folder}", parts)
+
+
+TEST_FIGURES = ("Similarity within and across cameras", "mAP by pair of cameras", "CMC",
+                "Ranking lists")
+
+
+def test_figures(run, features, images):
+    """-> what only a test set with ids shows, by its title."""
+    test, networks = (run.query, run.gallery), {"after training": features}
+    network, what = initial_network(run)
+    note = "" if network else f"<p>Before training: not shown, {html.escape(what)}.</p>"
+    if network:
+        prepare(network, run.state, features[0].device)
+        before = [embed(network, part) for part in images]
+        networks = {f"before training ({what})": before, **networks}
+    counts = {name: pair_counts(both, *test, report.EDGES) for name, both in networks.items()}
+    ranked = {name: rank_queries(both, *test) for name, both in networks.items()}
+    ranks = {name: np.array([round(1 / r["precision"][0]) for r in queries])
+             for name, queries in ranked.items()}
+    last, cameras = ranked["after training"], 1 + max(split.cams.max() for split in test)
+    return dict(zip(TEST_FIGURES, (
+        note + report.similarity(counts),
+        report.heat_table(*by_camera_pair(last, run.query, cameras)),
+        report.match_curve(ranks), report.ranking_lists(last, *test))))
+
+
+def compare(runs):
+    """-> the page of several runs; the legend is the flags in which they differ or, if they are of
+    several pages, their folders."""
+    shared = [name for name in runs[0].flags if all(name in run.flags for run in runs)
+              and name not in ("out", "root", "device", "resume")]
+    differ = [name for name in shared if len({run.flags[name] for run in runs}) > 1]
+    same_page = all(run.flags.keys() == runs[0].flags.keys() for run in runs)
+    rows, lines = [], []
+    for run in runs:
+        name = " ".join(run.flags[name] for name in differ) if same_page and differ else run.folder
+        scores = [f"{100 * run.state['scores'].get(key, math.nan):.1f}" for key in ("mAP", "rank1")]
+        rows.append([html.escape(cell) for cell in (name, *scores, run.stand, run.folder)])
+        lines.append((name, run.log, run.terms))
+    return report.page("Runs compared", {
+        "Runs": report.figure("", report.table(("flags", "mAP", "rank1", "", "run"), rows),
+                              "Each run by the flags in which it differs, and its last score in %.",
+                              "differences that are larger than those between seeds."),
+        "Curves by epoch": report.curves(lines)})
+
+
+# ====================================================================================== the program
+
+
 def get_args(argv=None):
     parser = common.Parser(__doc__)
-    parser.add_argument("checkpoint", help="a run's folder or its last.pt")
-    parser.add_argument("--data", help="key or folder of the data set (the one of the run)")
-    parser.add_argument("--root", help="where data sets live (the one of the run)")
-    parser.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON, no table")
-    parser.add_argument("--device", default="auto", choices=common.DEVICES, help="(%(default)s)")
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("checkpoint", nargs="+", help="a run's folder or its last.pt; several for --report FILE")
+    add("--data", help="key or folder of the data set (the one of the run)")
+    add("--root", help="where data sets live (the one of the run)")
+    add("--rerank", action="store_true", help="k-reciprocal re-ranking, of the score alone")
+    add("--json", action="store_true", help="print one line of JSON, no table")
+    add("--report", nargs="?", const="", metavar="FILE.html", help="draw the run, or the curves of "
+        "several runs, to look at (report.html in the run's folder)")
+    add("--pairs", nargs=2, metavar=("A", "B"), help="how similar two image files are")
+    add("--save-features", metavar="FILE.npz", help="features, paths, pids, cams and split of all "
+        "images of the data set")
+    add("--device", default="auto", choices=common.DEVICES, help="(%(default)s)")
+    args = parser.parse_args(argv)
+    if len(args.checkpoint) > 1 and not args.report:
+        raise common.Problem("several runs can only be compared (say --report FILE.html)")
+    for name, end in ((args.report, ".html"), (args.save_features, ".npz")):
+        if name and not name.endswith(end):
+            raise common.Problem(f"{name} does not end with {end} (call it {name}{end})")
+    return args
+
+
+def say(text):
+    """Print, with ? for letters that the terminal lacks. What a closed pipe or a full disk does not
+    take goes to stderr, so that no score is lost."""
+    try:
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except (OSError, ValueError, AttributeError) as error:
+        print(text, file=sys.stderr)
+        if sys.stdout:  # or Python would try once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        why = getattr(error, "strerror", None) or "it is closed"
+        raise common.Problem(f"standard output: {why} (the lines above were meant for it)"
+                             ) from error
+
+
+def write(path, content):
+    """Write bytes to a file and say how many. Raises Problem."""
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+    except OSError as error:
+        raise common.Problem(f"{path} cannot be written: {error.strerror} (free some space, or "
+                             "name another file)") from error
+    print(f"{path}: {len(content) / 1e6:.1f} MB", file=sys.stderr)
+
+
+def save_features(run, path):
+    """Write the features of all images of the data set, and whose they are."""
+    kept, file = [], io.BytesIO()
+    for kind, split in zip(common.KINDS, (run.train, run.query, run.gallery)):
+        if split.paths:
+            images = common.read_images(split, *run.state["size"])
+            kept.append((embed(run.model, images).cpu().numpy(), *split, [kind] * len(images)))
+    names = ("features", "paths", "pids", "cams", "split")
+    np.savez(file, **{name: np.concatenate(part) for name, part in zip(names, zip(*kept))})
+    write(path, file.getvalue())
+
+
+def pair(run, features, files):
+    """-> how similar two image files are, and the share of each kind of pairs of the test set that
+    are at least as similar."""
+    images = common.read_images(common.Split(files, None, None), *run.state["size"])
+    a, b = embed(run.model, images)
+    found = dict(similarity=float(a @ b))
+    if features:
+        counts = pair_counts(features, run.query, run.gallery, [found["similarity"]])  # (4, 2)
+        kinds = {"same person": counts[2:].sum(0), "other person": counts[:2].sum(0),
+                 **dict(zip(report.PAIRS[::-1], counts[::-1]))}
+        found.update({kind: float(n[1] / n.sum().clip(1)) for kind, n in kinds.items()})
+    return found
 
 
 def main(argv=None):
     args = get_args(argv)
-    device = common.pick_device(args.device)
-    path = args.checkpoint
-    if os.path.isdir(path):
-        path = os.path.join(path, "last.pt")
-    model, state = common.load_encoder(path)
-    name = args.data or state["data"]
-    _, query, gallery = common.load(name, args.root or state["root"],
-                                    draw=bool(args.root))  # no checkpoint says where to draw
-    model.on(device, argparse.Namespace(bf16=state["bf16"], fp32=state["fp32"], recompute=False))
-    features = [common.extract_features(model, common.read_images(split, *state["size"]))
-                for split in (query, gallery)]
-    if model.parts:
-        features = [views[0] for views in features]  # the global feature
-    if args.rerank:
-        scores = common.score_ranking(rerank(*features), query, gallery)
-    else:
-        scores = common.evaluate(*features, query, gallery)
-    scores = dict(data=name, rerank=args.rerank, **scores)
+    runs = [open_run(path) for path in args.checkpoint]
+    for run in runs if args.report is not None else []:
+        read_log(run)
+    if len(runs) > 1:
+        return write(args.report, compare(runs).encode())
+    run, device = runs[0], common.pick_device(args.device)
+    load_data(run, args)
+    prepare(run.model, run.state, device)
+    splits = [run.query, run.gallery] * run.tested
+    images = [common.read_images(split, *run.state["size"]) for split in splits]
+    features = [embed(run.model, part) for part in images]
+    if args.save_features:
+        save_features(run, args.save_features)
+    if args.report is not None:
+        write(args.report or os.path.join(run.folder, "report.html"),
+              draw_run(run, features, images).encode("utf-8", "replace"))
+    if args.pairs:
+        found = pair(run, features, args.pairs)
+        _, *kinds = found.items()
+        lines = [f"similarity {found['similarity']:.3f}" + ", which reach, of all pairs of a query "
+                 "and a gallery image:" * bool(kinds)]
+        lines += [f"{kind:28} {100 * share:6.2f} %" for kind, share in kinds]
+        say(json.dumps(found) if args.json else "\n".join(lines))
+        return found
+    if features:
+        similar = rerank(*features) if args.rerank else (
+            rows @ features[1].T for rows in features[0].split(256))
+        return show_scores(run, common.score_ranking(similar, run.query, run.gallery), args)
+    if args.report is None and not args.save_features:
+        raise common.Problem(f"{run.data}: the test set has no ids, so there is no score (say "
+                             "--report, --pairs or --save-features)")
+    return {}
+
+
+def show_scores(run, scores, args):
+    """Print the scores as a table or as JSON, and how far an unfinished run is."""
+    done, stand = run.state["epoch"], dict(epoch=run.state["epoch"], epochs=run.planned)
+    scores = dict(data=run.data, rerank=args.rerank, **stand, **scores)
     if args.json:
-        print(json.dumps(scores))
-    else:
-        print(f"{'data':20} re-ranked    mAP     R1     R5    R10  queries")
-        print(f"{name:20} {'yes' if args.rerank else 'no':>9} " + " ".join(
-            f"{100 * scores[key]:6.1f}" for key in ("mAP", "rank1", "rank5", "rank10"))
-            + f" {scores['queries']:8,}")
+        say(json.dumps(scores))
+        return scores
+    lines = [f"{'data':20} re-ranked    mAP     R1     R5    R10  queries",
+             f"{run.data:20} {'yes' if args.rerank else 'no':>9} " + " ".join(
+                 f"{100 * scores[key]:6.1f}" for key in ("mAP", "rank1", "rank5", "rank10"))
+             + f" {scores['queries']:8,}"]
+    if done < run.planned:
+        lines.append(f"not finished: after {run.stand}")
+    say("\n".join(lines))
     return scores
 
 

@@ -1,0 +1,363 @@
+"""The report: its numbers against slow versions, its pages as a browser reads them, and what
+eval.py does when something is missing, mistyped or full.
+"""
+
+import html.parser
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import report
+import slow
+import torch
+from conftest import HERE, draw, program, quantised, refusal, short, unit
+
+import ccsd
+import common
+import eval as scoring
+import sskd
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """The folder of a short run of ccsd.py."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    ccsd.main(short(tiny, out, "--epochs", "3", "--eval-every", "2"))
+    return out
+
+
+def some_test_set(q, g, seed=0):
+    """Random people and cameras, a distractor among them."""
+    rng = np.random.default_rng(seed)
+    query, gallery = (common.Split([f"{kind}{i}" for i in range(n)], rng.integers(low, 5, n),
+                                   rng.integers(0, 3, n))
+                      for kind, n, low in (("q", q, 1), ("g", g, 0)))
+    return query, gallery
+
+
+# ------------------------------------------------------------------------------------ its numbers
+
+
+@pytest.mark.parametrize("draw_features", [unit, quantised])
+def test_rank_queries_equals_one_answer_at_a_time(draw_features):
+    query, gallery = some_test_set(20, 60)
+    features = draw_features(20), draw_features(60, seed=1)
+    ranked = scoring.rank_queries(features, query, gallery, top=7, block=8)
+    expected = slow.evaluate((features[0] @ features[1].T).numpy(), query, gallery)
+    assert np.mean([r["precision"].mean() for r in ranked]) == pytest.approx(expected["mAP"])
+    ranks = np.array([1 / r["precision"][0] for r in ranked])
+    for k in (1, 5, 10):
+        assert (ranks < k + .5).mean() == pytest.approx(expected[f"rank{k}"])
+    for r in ranked:
+        i, similar = r["i"], (features[0][r["i"]] @ features[1].T).tolist()
+        same = [int(gallery.pids[j] == query.pids[i]) for j in range(60)]
+        answers = [j for j in range(60) if not (same[j] and gallery.cams[j] == query.cams[i])]
+        answers.sort(key=lambda j: (-similar[j], same[j]))  # of equals, the wrong one first
+        assert [similar[j] for j in answers[:7]] == pytest.approx(r["similar"].tolist())
+        assert [same[j] for j in answers[:7]] == [same[j] for j in r["shown"]]
+        hits = [j for j in answers if same[j]]
+        precision = [(n + 1) / (answers.index(j) + 1) for n, j in enumerate(hits)]
+        assert precision == pytest.approx(r["precision"].tolist())
+        assert sorted(gallery.cams[hits]) == sorted(r["cams"])
+
+
+def test_by_camera_pair_has_the_map_as_its_mean():
+    query, gallery = some_test_set(30, 80)
+    features = unit(30), unit(80, seed=1)
+    ranked = scoring.rank_queries(features, query, gallery)
+    value, weight = scoring.by_camera_pair(ranked, query, 3)
+    expected = common.evaluate(*features, query, gallery)["mAP"]
+    assert np.nansum(value * weight) / weight.sum() == pytest.approx(expected)
+    assert weight.sum() == pytest.approx(len(ranked))
+    assert np.isnan(np.diag(value)).all()  # right answers in the query's camera are ignored
+    for a in range(3):
+        for b in set(range(3)) - {a}:
+            top = bottom = 0
+            for r in ranked:
+                if query.cams[r["i"]] == a:
+                    for camera, precision in zip(r["cams"], r["precision"]):
+                        top += (camera == b) * precision / len(r["cams"])
+                        bottom += (camera == b) / len(r["cams"])
+            assert value[a, b] == pytest.approx(top / bottom)
+
+
+def test_pair_counts_equal_one_pair_at_a_time():
+    query, gallery = some_test_set(12, 30)
+    features, edges = (quantised(12), quantised(30, 1)), [-.5, 0, .25, .5]
+    counts = scoring.pair_counts(features, query, gallery, edges, block=5)
+    expected = np.zeros((4, 5), int)
+    for i in range(12):
+        for j in range(30):
+            kind = (("other person", "same person")[int(query.pids[i] == gallery.pids[j])] + ", "
+                    + ("other camera", "same camera")[int(query.cams[i] == gallery.cams[j])])
+            similar = (features[0][i] @ features[1][j]).item()
+            expected[report.PAIRS.index(kind), sum(similar >= edge for edge in edges)] += 1
+    assert (counts == expected).all() and (counts > 0).sum() > 12
+
+
+def test_clusters_are_what_their_titles_say(tiny):
+    """Cluster 0 is pure, 1 is mixed; person 3 is split by camera, 4 at random; 5 is left out."""
+    people = np.repeat([1, 2, 3, 4, 5], [4, 4, 4, 4, 2])
+    labels = np.array([0] * 4 + [1] * 3 + [3] + [2, 2, 3, 3] + [1, 2, 1, 2] + [-1] * 2)
+    cams = np.array([0, 1, 0, 1] + [0, 1, 0, 1] + [0, 0, 1, 1] + [0, 0, 1, 1] + [0, 1])
+    groups = report.known_clusters(labels, people, cams)
+    titles = [title for title, _, _ in groups]
+    assert titles[0].startswith("Pure: cluster 0, 4 images, 100 %") and groups[0][2] == 1
+    assert titles[2].startswith("Mixed: cluster 2, 4 images, 50 %")
+    assert titles[4].startswith("Split by camera: person 3 in 2 clusters")
+    assert groups[4][1].tolist() == [8, 9, 10, 11]
+    picture = str(tiny / "query" / sorted(os.listdir(tiny / "query"))[0])
+    page = Page(report.clusters(common.Split([picture] * 18, people, cams), labels, True))
+    assert len(page.kinds["right"]) >= 8 and "Left out: 2 images" in page.text
+    assert any("id 5" in alt for alt in page.alts)
+
+
+# ------------------------------------------------------------------------------------- its pages
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser finds: text, headings, figures, alternative texts, and what it would load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text, self.heads, self.alts, self.kinds, self.open = "", [], [], {}, []
+        self.figures, self.tags = [], set()
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.add(tag)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        for name, value in attributes.items():
+            assert name not in ("href", "srcset", "data", "action", "onload", "onclick")
+            assert name != "src" or value.startswith("data:image/jpeg;base64,")
+        if tag == "img":
+            assert len(attributes["alt"]) > 5
+            self.alts.append(attributes["alt"])
+        if tag == "svg":
+            assert attributes["role"] == "img" and len(attributes["aria-label"]) > 5
+            self.alts.append(attributes["aria-label"])
+        if tag == "div":
+            self.kinds.setdefault(attributes.get("class"), []).append(attributes)
+        if tag == "figure":
+            self.figures.append(0)
+        if tag == "p" and "figcaption" in self.open:
+            self.figures[-1] += 1
+
+    def handle_startendtag(self, tag, attributes):
+        assert tag == "path"
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+    def handle_data(self, data):
+        if self.open[-1:] == ["style"]:
+            assert "url" not in data and "@import" not in data and "prefers-color-scheme" in data
+        elif "h2" in self.open:
+            self.heads.append(data)
+        self.text += data
+
+
+SECTIONS = ["Run and score", "Curves by epoch", "Similarity within and across cameras",
+            "mAP by pair of cameras", "CMC", "Ranking lists", "Clusters", "t-SNE"]
+
+
+def read_page(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>") and "://" not in text and len(text) < 5e6
+    assert "default-src 'none'" in text and "width=device-width" in text
+    page = Page(text)
+    assert not page.tags & {"script", "link", "iframe", "object", "embed", "form", "base", "a"}
+    assert page.figures and set(page.figures) == {2}, "two sentences each"
+    return page
+
+
+def test_report_of_a_run(run):
+    done = program("eval.py", run, "--report")
+    assert done.returncode == 0, done.stderr
+    page = read_page(run / "report.html")
+    assert page.heads == SECTIONS and "Left out: it needs" not in page.text
+    last = json.loads(open(run / "log.jsonl").readlines()[-1])
+    assert f"mAP: {100 * last['scores']['mAP']:.4g}" in page.text
+    assert f"is the mAP, {100 * last['scores']['mAP']:.1f}." in page.text
+    for term in ("base", "intra", "clusters", "outliers", "ARI", "true ids"):
+        assert f"{term}: " in page.text, term
+    assert "true ids: 8" in page.text and "before training (random weights)" in page.text
+    assert len(page.kinds["right"]) > 5 and len(page.kinds["wrong"]) > 5
+    assert len(page.kinds["query"]) == 6 and page.text.count("\u2713") == len(page.kinds["right"])
+    assert page.text.count("\u2717") == len(page.kinds["wrong"])
+    assert "mAP" in done.stdout and len(done.stdout.splitlines()) == 2
+    again = (run / "report.html").read_bytes()
+    scoring.main([str(run), "--report"])
+    assert (run / "report.html").read_bytes() == again  # the same run, the same page
+
+
+def test_before_training_is_the_start_of_the_log(run, tiny, tmp_path):
+    one = scoring.open_run(str(run))
+    network, what = scoring.initial_network(one)
+    _, query, gallery = common.load(str(tiny))
+    features = [scoring.embed(network, common.read_images(split, 64, 32))
+                for split in (query, gallery)]
+    start = json.loads(open(run / "log.jsonl").readlines()[1])
+    assert start["title"] == "start" and what == "random weights"
+    assert common.evaluate(*features, query, gallery) == start["scores"]
+    one.state["weights"], one.state["arch"] = "nowhere.pth", "resnet18"
+    network, why = scoring.initial_network(one)
+    assert network is None and "nowhere.pth" in why
+
+
+def test_before_training_of_sskd_is_its_source(tiny, tmp_path):
+    source, out = draw(tmp_path / "source", cameras=2), tmp_path / "run"
+    sskd.main(short(tiny, out, "--source", str(source), "--nets", "2", "--source-epochs", "1",
+                    "--source-iters", "2", "--batch-size", "4"))
+    one = scoring.open_run(str(out))
+    network, what = scoring.initial_network(one)
+    expected = common.load_checkpoint(str(out / "source" / "1" / "last.pt"))["model"]
+    assert what == "source network 1"
+    assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items())
+    scoring.main([str(out), "--report"])
+    page = read_page(out / "report.html")
+    assert page.heads == SECTIONS and "soft_own: " in page.text
+    scoring.main([str(out / "source" / "1"), "--report"])
+    page = read_page(out / "source" / "1" / "report.html")
+    assert "source network does not keep" in page.text and "no pseudo labels" in page.text
+    assert scoring.open_run(str(out / "source" / "1")).planned == 1
+
+
+def without_ids(monkeypatch):
+    load = common.load
+
+    def blind(*args, **more):
+        train, *_ = load(*args, **more)
+        nobody = common.Split([], np.zeros(0, np.int64), np.zeros(0, np.int64))
+        return train._replace(pids=np.full_like(train.pids, -1)), nobody, nobody
+    monkeypatch.setattr(common, "load", blind)
+
+
+def test_without_ids_a_report_shows_the_rest(run, tiny, tmp_path, monkeypatch, capsys):
+    without_ids(monkeypatch)
+    scoring.main([str(run), "--report", str(tmp_path / "r.html")])
+    page = read_page(tmp_path / "r.html")
+    assert page.heads == SECTIONS and page.text.count("Left out: the test set") == 4
+    assert "Largest: cluster" in page.text and "t-SNE, marks by cluster" in page.alts
+    assert "true ids: " not in page.text and ", id " not in " ".join(page.alts)
+    assert "no ids" in refusal(lambda: scoring.main([str(run)]), capsys)
+    pictures = sorted(map(str, (tiny / "query").iterdir()))[:2]
+    found = scoring.main([str(run), "--pairs", *pictures])
+    assert list(found) == ["similarity"] and "query" not in capsys.readouterr().out
+    scoring.main([str(run), "--save-features", str(tmp_path / "f.npz")])
+    assert set(np.load(tmp_path / "f.npz")["split"]) == {"train"}
+
+
+def test_several_runs_in_one_plot(run, tiny, tmp_path):
+    ccsd.main(short(tiny, tmp_path / "two", "--kd", "0", "--seed", "3", "--epochs", "3",
+                    "--eval-every", "2"))
+    scoring.main([str(run), str(tmp_path / "two"), "--report", str(tmp_path / "ab.html")])
+    page = read_page(tmp_path / "ab.html")
+    assert page.heads == ["Runs", "Curves by epoch"]
+    chart = next(alt for alt in page.alts if alt.startswith("Score on the test set in %: mAP"))
+    assert "--kd 1 --seed 0: " in chart and "--kd 0 --seed 3: " in chart
+    assert "--eps" not in page.text and "--out" not in page.text
+    assert any(alt.startswith("Loss terms: base") for alt in page.alts)
+
+
+# ------------------------------------------------------------------------------- other questions
+
+
+def test_pairs_and_features(run, tiny, tmp_path, capsys):
+    files = sorted(map(str, (tiny / "query").iterdir()))
+    scoring.main([str(run), "--save-features", str(tmp_path / "f.npz"), "--json"])
+    kept = np.load(tmp_path / "f.npz")
+    train, query, gallery = common.load(str(tiny))
+    assert kept["paths"].tolist() == train.paths + query.paths + gallery.paths
+    assert kept["pids"].tolist() == [*train.pids, *query.pids, *gallery.pids]
+    assert kept["features"].shape == (72 + 12 + 24, 256) and kept["cams"].max() == 2
+    of = dict(zip(kept["paths"], kept["features"]))
+    capsys.readouterr()
+    found = scoring.main([str(run), "--pairs", files[0], files[4], "--json"])
+    assert json.loads(capsys.readouterr().out) == found
+    similar = float(of[files[0]] @ of[files[4]])
+    assert found["similarity"] == pytest.approx(similar, abs=1e-5)
+    total, reach = dict.fromkeys(found, 0), dict.fromkeys(found, 0)
+    for i, a in enumerate(query.paths):
+        for j, b in enumerate(gallery.paths):
+            who = ("other person", "same person")[int(query.pids[i] == gallery.pids[j])]
+            where = ("other camera", "same camera")[int(query.cams[i] == gallery.cams[j])]
+            for kind in (who, f"{who}, {where}"):
+                total[kind] += 1
+                reach[kind] += of[a] @ of[b] >= similar
+    for kind in set(found) - {"similarity"}:
+        assert found[kind] == pytest.approx(reach[kind] / total[kind], abs=1 / total[kind]), kind
+    assert scoring.main([str(run), "--pairs", files[0], files[0]])["similarity"] > .9999
+    assert "similarity 1.000" in capsys.readouterr().out
+
+
+def test_a_run_is_scored_from_anywhere(tiny, tmp_path, capsys):
+    """Relative --data and --root are those of the folder in which the run was started."""
+    shutil.copytree(tiny, tmp_path / "a" / "sets" / "tiny")
+    (tmp_path / "b").mkdir()
+    done = program("ccsd.py", *short("sets/tiny", "runs/one"), cwd=tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    done = program("eval.py", tmp_path / "a" / "runs" / "one", "--json", cwd=tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    path = str(tmp_path / "a" / "runs" / "one" / "last.pt")
+    state = common.load_checkpoint(path)
+    assert json.loads(done.stdout)["mAP"] == state["scores"]["mAP"]
+
+    common.save_checkpoint(path, **dict(state, epochs=7))          # as if it had been stopped
+    scores = scoring.main([path, "--data", str(tiny)])
+    assert "not finished: after epoch 2 of 7" in capsys.readouterr().out
+    assert (scores["epoch"], scores["epochs"]) == (2, 7)
+
+    for root in ("dtaa", str(tmp_path)):                           # nothing is drawn there
+        says = refusal(lambda: scoring.main([path, "--data", "toy", "--root", root]), capsys)
+        assert root in says and not os.path.exists(os.path.join(root, "toy"))
+
+
+@pytest.mark.parametrize("words, says", [
+    ("R R", "--report FILE.html"), ("R R --report", "--report FILE.html"),
+    ("R --report x.txt", "x.txt.html"), ("R --save-features x", "x.npz"),
+    ("R --report nowhere/x.html", "nowhere/x.html cannot be written"),
+    ("R --save-features nowhere/x.npz", "nowhere/x.npz cannot be written"),
+    ("R --pairs x.jpg y.jpg", "x.jpg"), ("R --pairs x.jpg", "--pairs"),
+    ("R nowhere --report x.html", "nowhere")])
+def test_refusals(words, says, run, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [str(run) if word == "R" else word for word in words.split()]
+    assert says in refusal(lambda: scoring.main(argv), capsys)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device here")
+def test_no_score_is_lost(run):
+    """A full device, a closed pipe, a closed output: the score goes to stderr, in one piece."""
+    score = "mAP     R1     R5    R10  queries"
+    command = [sys.executable, os.path.join(HERE, "eval.py"), str(run)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    read, write = os.pipe()
+    os.close(read)
+    pipe = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    closed = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE,
+                            text=True)
+    for one in (done, pipe, closed):
+        assert one.returncode == 2 and score in one.stderr and "Traceback" not in one.stderr
+        assert one.stderr.splitlines()[-1].startswith("error: standard output: "), one.stderr
+        assert "Exception ignored" not in one.stderr
+
+
+def test_a_terminal_without_the_letters(run, tiny, tmp_path):
+    folder = tmp_path / "d\u00e4t\u00e4"
+    shutil.copytree(tiny, folder)
+    done = subprocess.run([sys.executable, os.path.join(HERE, "eval.py"), str(run), "--data",
+                           str(folder)], capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONIOENCODING="ascii", PYTHONUTF8="0"))
+    assert done.returncode == 0 and "d?t?" in done.stdout, done.stderr
