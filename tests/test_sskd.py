@@ -176,7 +176,7 @@ def test_views_and_peers(nets, shared, finished, tiny, other, tmp_path, monkeypa
     it; what they hold is logged."""
     forward, calls = common.forward, []
 
-    def noted(model, batch, splits, inside):
+    def noted(model, batch, splits, inside=False):
         calls.append((id(model), batch, next(model.parameters()).requires_grad))
         assert model.training                                      # batch statistics, all of them
         return forward(model, batch, splits, inside)
@@ -238,7 +238,7 @@ def test_from_the_last_map_to_logits_and_gradients(terms, tiny, other, resnet18,
     the map."""
     maps, scale, forward = {}, {}, common.forward
 
-    def noted(model, batch, splits, inside):
+    def noted(model, batch, splits, inside=False):
         def keep(_, __, output):
             if output.requires_grad:
                 output.retain_grad()
