@@ -340,7 +340,7 @@ def nearest(features, k, block=512):
     search = search(features)
     blocks = own(torch.arange(len(features), device=features.device)).split(block)
     ranks = [search(rows, k).cpu() for rows in tqdm(blocks, "nearest neighbours", leave=False)]
-    return torch.cat(joined(ranks)).numpy()
+    return gathered(torch.cat(ranks), len(features)).numpy()
 
 
 def exact_search(features):
@@ -372,14 +372,14 @@ def jaccard_distance(features, k1=30, k2=6, max_distance=1.):
     check_finite(features)
     rank = nearest(features, k1)
     vectors = reciprocal_vectors(features, rank, k1, k2, lambda cosine, _: np.exp(2 * cosine - 2))
-    rows, some = [], own(vectors)
-    for shared in tqdm(overlaps(some, vectors), "Jaccard distance", some.shape[0] // 256 + 1,
+    rows = []
+    for shared in tqdm(overlaps(vectors, vectors), "Jaccard distance", len(rank) // 256 + 1,
                        leave=False):
         shared.data = (1 - shared.data / (2 - shared.data)).clip(0)               # J(i, j)
         keep = shared.data <= max_distance + 1e-4  # dbscan's eps is a little wider too
         ends = np.concatenate([[0], keep.cumsum()])[shared.indptr]
         rows.append(csr_array((shared.data[keep], shared.indices[keep], ends), shared.shape))
-    distance = vstack(joined(rows), format="csr")
+    distance = vstack(rows, format="csr")
     distance.sort_indices()
     return distance
 
@@ -461,7 +461,7 @@ def dbscan(distance, eps, min_samples=4, at_least=2, instead=None):
     """
     graph = sort_graph_by_row_values(distance, copy=True, warn_when_not_sorted=False)
     method = DBSCAN(eps=eps + 1e-5, min_samples=min_samples, metric="precomputed")
-    labels = from_rank_0(method.fit_predict, graph).astype(np.int64)
+    labels = from_rank_0(method.fit_predict, graph).astype(np.int64)          # appendix F
     clusters, outliers = labels.max() + 1, (labels < 0).sum()
     if clusters >= at_least:
         return labels
@@ -1331,8 +1331,9 @@ def load_encoder(path):
 
 # ================================================================================== F several GPUs
 # `torchrun --nproc-per-node 4 ccsd.py` starts the page four times: four ranks, a GPU each. All draw
-# the same batches and compute the same losses; what is divided are the chunks of a batch, and rows
-# of images where all are worked on. In a plain run these functions hand on what they get.
+# the same batches, keep all images, features and memories, and compute the same losses. Divided are
+# the chunks of a batch, the extraction and the search for neighbours; files, labels and scores are
+# made by rank 0. In a plain run these functions hand on what they get.
 
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK, RANKS, HERE = (int(os.environ[name]) if TORCHRUN else plain for name, plain in
@@ -1342,17 +1343,14 @@ LAUNCH = f"torchrun --nproc-per-node {HERE}" if TORCHRUN else "python"
 
 def join_ranks(device):
     """-> the device of this rank. Connects the ranks: CUDA tensors by nccl, others by gloo."""
-    if not TORCHRUN:
-        return device
-    if device.type != "cpu":
-        local, have = int(os.environ["LOCAL_RANK"]), getattr(torch, device.type).device_count()
-        if HERE > have:
-            raise Problem(f"torchrun starts {HERE} processes here, for {have} GPUs (lower "
-                          "--nproc-per-node, or say --device cpu)")
-        device = torch.device(device.type, local)
-    if device.type == "cuda":
+    gpus = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": HERE}[device.type]
+    if HERE > gpus:
+        raise Problem(f"torchrun starts {HERE} processes here, for {gpus} GPUs (lower "
+                      "--nproc-per-node, or say --device cpu)")
+    if TORCHRUN and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    if TORCHRUN and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -1364,11 +1362,11 @@ def as_one(main):
     if not TORCHRUN:
         return main()
     store, screen, silence = next(dist.rendezvous("env://"))[0], sys.stderr, open(os.devnull, "w")
-    heard, bell = os.pipe()
-    os.set_blocking(bell, False)
-    signal.set_wakeup_fd(bell)
     lost = ("lost a rank, finished epochs are kept; go on with: "
             f"{LAUNCH} {shlex.join(word for word in sys.argv if word != '--resume')} --resume")
+    heard, bell = os.pipe()
+    os.set_blocking(bell, False)
+    signal.set_wakeup_fd(bell)  # gets a byte for every signal
 
     def leave():
         os.read(heard, 1)
@@ -1382,7 +1380,7 @@ def as_one(main):
     try:
         result = main()
         if dist.is_initialized():
-            joined([])  # nobody leaves while another still reads
+            dist.barrier()  # nobody leaves while another still reads
             dist.destroy_process_group()
         return result
     except (Exception, KeyboardInterrupt) as error:
@@ -1393,26 +1391,16 @@ def as_one(main):
 
 
 def own(rows):
-    """-> this rank's share of a list, a tensor or a sparse matrix: rows that follow each other."""
-    n = rows.shape[0] if hasattr(rows, "shape") else len(rows)
-    return rows[n * RANK // RANKS:n * (RANK + 1) // RANKS]
+    """-> this rank's share of a tensor or a list: rows that follow each other."""
+    return rows[len(rows) * RANK // RANKS:len(rows) * (RANK + 1) // RANKS]
 
 
 def from_rank_0(function, *args, **more):
-    """-> function(...) as rank 0 has it, which alone calls it: for files, labels and scores."""
+    """-> function(...), which rank 0 alone calls: nobody else writes, and labels cannot differ."""
     result = [function(*args, **more) if RANK == 0 else None]
     if TORCHRUN:
         dist.broadcast_object_list(result)
     return result[0]
-
-
-def joined(items):
-    """A list on each rank -> on every rank all items, in the order of the ranks."""
-    lists = [items]
-    if TORCHRUN:
-        lists = [None] * RANKS
-        dist.all_gather_object(lists, items)
-    return [item for some in lists for item in some]
 
 
 class Gather(torch.autograd.Function):
