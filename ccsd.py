@@ -231,7 +231,7 @@ def main(argv=None):
 
         # ---- 3 camera-aware cluster refinement: labels may change, then clusters are split
         if args.refine == "reassign":
-            labels = reassign(labels, cams, centred)
+            labels = common.from_rank_0(reassign, labels, cams, centred)
         if args.refine == "recluster":
             labels = recluster(labels, cams, distance, RECLUSTER_EPS * args.eps)
         groups, parent, camera, table = split_by_camera(labels, cams)
@@ -250,7 +250,7 @@ def main(argv=None):
             # 5a features of augmented images, chunk by chunk as if on --bn-splits GPUs
             batch = common.augment(common.take(images, index, device), generator,
                                    jitter=.5 if from_scratch else 0)
-            f = torch.cat([model(chunk) for chunk in batch.chunk(args.bn_splits)])  # (B, D)
+            f = common.forward(model, batch, args.bn_splits)                      # (B, D)
             index = common.send(index, device)
             k, group = y[index], g[index]                                         # (B,), (B,)
             L_base = L_intra = L_cross = L_kd = 0
@@ -276,6 +276,7 @@ def main(argv=None):
             optimizer.param_groups[0]["lr"] = args.lr * factor
             optimizer.zero_grad()
             loss.backward()
+            common.average_gradients(optimizer)
             optimizer.step()
 
             # 5g memories follow the batch, so that they keep up with the network

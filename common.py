@@ -10,7 +10,7 @@
   8 memory       cluster_means, update_memory     what an image is compared with
   9 evaluation   test, evaluate                   mAP and CMC
 Appendices: A starting from random weights, B speed, C data on disk, D command line, E logs and
-  checkpoints. No paper needs them.
+  checkpoints, F several GPUs. No paper needs them.
 
 Meant everywhere: N images of a split, B of a batch, C clusters, D width of a feature, H x W size of
 an image. Feature rows have unit length. Row i of every per-image array belongs to split.paths[i]. A
@@ -36,6 +36,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -48,6 +49,7 @@ sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__exceptho
 import numpy as np
 import sklearn
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
@@ -94,7 +96,7 @@ def load(name, root="data", at_least=1, draw=True):
     and for fewer than `at_least` training images.
     """
     name, half = name.rsplit(":", 1) if name.endswith((":source", ":target")) else (name, None)
-    folder, rows = find_and_read(name, root, draw)
+    folder, rows = from_rank_0(find_and_read, name, root, draw)
     rows = [[row for row in split if row[1] != -1] for split in rows]             # without junk
     if half:
         name, rows = f"{name}:{half}", take_half(rows, half)
@@ -340,10 +342,10 @@ def extract_features(model, images, batch_size=256):
     eval mode, which is left again; images need not fit on the device."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
-    batches = progress(images.split(batch_size), "extracting features")
+    batches = progress(own(images).split(batch_size), "extracting features")
     features = torch.cat([model(normalise(send(batch, device))) for batch in batches], -2)
     model.train(training)
-    return features
+    return gathered(features, len(images))
 
 
 def nearest(features, k, block=512):
@@ -352,9 +354,9 @@ def nearest(features, k, block=512):
     k = min(k, len(features))
     search = bfloat16_search if bfloat16_pays(features, k) else exact_search  # the same, appendix B
     search = search(features)
-    blocks = torch.arange(len(features), device=features.device).split(block)
+    blocks = own(torch.arange(len(features), device=features.device)).split(block)
     ranks = [search(rows, k).cpu() for rows in progress(blocks, "nearest neighbours")]
-    return torch.cat(ranks).numpy()
+    return gathered(torch.cat(ranks), len(features)).numpy()
 
 
 def exact_search(features):
@@ -474,8 +476,8 @@ def dbscan(distance, eps, min_samples=4, at_least=2, instead=None, flag="--eps")
     the one that changes eps.
     """
     graph = sort_graph_by_row_values(distance, copy=True, warn_when_not_sorted=False)
-    found = DBSCAN(eps=eps + 1e-5, min_samples=min_samples, metric="precomputed").fit(graph)
-    labels = found.labels_.astype(np.int64)
+    method = DBSCAN(eps=eps + 1e-5, min_samples=min_samples, metric="precomputed")
+    labels = from_rank_0(method.fit_predict, graph).astype(np.int64)          # appendix F
     clusters, outliers = labels.max() + 1, (labels < 0).sum()
     if clusters >= at_least:
         return labels
@@ -545,7 +547,8 @@ def test(model, test_set):
     if not query.paths:
         return {}
     features = [extract_features(model, part) for part in images]
-    return evaluate(*(f[0] if model.parts else f for f in features), query, gallery)
+    features = (f[0] if model.parts else f for f in features)
+    return from_rank_0(evaluate, *features, query, gallery)
 
 
 @torch.no_grad()
@@ -679,6 +682,7 @@ def warm_up(model, images, cams, generator, epochs=4, batch_size=96, lr=1e-3, te
                 loss = loss + F.cross_entropy(logits.fill_diagonal_(-math.inf), twin)
             optimizer.zero_grad()
             loss.backward()
+            average_gradients(optimizer)
             optimizer.step()
 
 
@@ -1097,16 +1101,19 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
                       f"{args.num_instances} and --bn-splits {args.bn_splits} (change one of them)")
     if args.batch_size // args.bn_splits < 2:
         raise Problem(f"--bn-splits {args.bn_splits} leaves batch norm one image (lower it)")
+    if args.bn_splits % RANKS:
+        raise Problem(f"--bn-splits {args.bn_splits} is no multiple of the {RANKS} processes of "
+                      "torchrun (change one of them)")
     if args.fp32 and args.bf16:
         raise Problem("--fp32 and --bf16 exclude each other (leave one out)")
     args.size, args.code = tuple(args.size), {
         name: hashlib.sha256(read_text(os.path.join(HERE, name)).encode()).hexdigest()[:12]
         for name in (f"{method}.py", "common.py")}
     folders = [run_folder(method, args, defaults, but) for but in (not_in_first_stage, ())]
-    args.first_stage, own = (args.out or folder for folder, _ in folders)
+    args.first_stage, out = (args.out or folder for folder, _ in folders)
     for note in {note for _, note in folders if note and not args.out}:
         say(note, sys.stderr)
-    args.out = own
+    args.out = out
     args.centre = args.centre or args.weights == "none"
     return args
 
@@ -1128,10 +1135,10 @@ def run_folder(method, args, defaults, ignored=()):
     edited = [file for file, mark in args.code.items() if any(mark not in code for code in found)]
     if not edited:
         return folder, ""
-    own = f"{folder}-{''.join(mark[:3] for mark in args.code.values())}"
-    if args.resume and not os.path.isdir(own):
+    other = f"{folder}-{''.join(mark[:3] for mark in args.code.values())}"
+    if args.resume and not os.path.isdir(other):
         return folder, ""  # Log warns
-    return own, f"{' and '.join(edited)} edited since the run in {folder}: this one is in {own}"
+    return other, f"{' and '.join(edited)} edited since the run in {folder}: this one is in {other}"
 
 
 def run(main, resume="--resume"):
@@ -1141,14 +1148,14 @@ def run(main, resume="--resume"):
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in
                               (sys.stdout, sys.stderr))  # None where they were closed
     try:
-        return main()
+        return as_one(main)
     except Problem as problem:
         message, code = problem, 2
     except KeyboardInterrupt:
         sys.unraisablehook = lambda _: None  # of a progress bar that was cut short
         words = shlex.join([*(word for word in sys.argv if word != resume), resume or ""])
         message, code = "\ninterrupted" if not resume else (
-            f"\ninterrupted, finished epochs are kept; go on with: python {words}"), 130
+            f"\ninterrupted, finished epochs are kept; go on with: {LAUNCH} {words}"), 130
     except (MemoryError, RuntimeError) as error:  # torch raises the latter for main memory too
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
             raise
@@ -1177,7 +1184,7 @@ def pick_device(name):
     if not have[name]:
         raise Problem(f"--device {name}: this PyTorch sees none (say --device cpu, or install a "
                       "PyTorch built for it)")
-    return torch.device(name)
+    return join_ranks(torch.device(name))
 
 
 def seed_everything(seed):
@@ -1239,10 +1246,10 @@ class Log:
         self.folder, self.path, self.args = folder, os.path.join(folder, "log.jsonl"), vars(args)
         self.file, self.start, self.total = None, time.time(), self.args[epochs]
         self.device, self.began, self.rounds = torch.device(device), None, 0
-        state = self._read(epochs, free)
+        state = from_rank_0(self._read, epochs, free)
         if not state or state["epoch"] < self.total:
-            self._lock()
-            state = self._read(epochs, free)  # as it is now that nobody else writes
+            from_rank_0(self._lock)
+            state = from_rank_0(self._read, epochs, free)  # as it is now that nobody else writes
         if state and state["epoch"] < self.total and not args.resume:
             raise Problem(f"{folder} holds a run that stopped after epoch {state['epoch']} of "
                           f"{self.total} (go on with --resume, choose another --out, or delete its "
@@ -1250,7 +1257,7 @@ class Log:
         self.state, self.finished, self.lines = state, None, [header(device, self.args)]
         if state:
             self.start, self.lines = self.start - state["seconds"], state["lines"]
-            self._write()
+            from_rank_0(self._write)
             if state["epoch"] == self.total:
                 self.finished = state
                 say(f"{folder}: finished before, nothing to do{in_words(state['scores'])}")
@@ -1379,11 +1386,11 @@ class Log:
                      torch.from_numpy(value) if isinstance(value, np.ndarray) else
                      value.state_dict() if hasattr(value, "state_dict") else value
                      for name, value in keep.items()}
-            save_checkpoint(
-                os.path.join(self.folder, "last.pt"), **self.args, **state, format=FORMAT,
-                parts=model.parts, pooling=model.pooling, epoch=epoch, scores=scores or {},
-                images=len(keep["labels"]), lines=self.lines, seconds=seconds)
-        self._write()
+            from_rank_0(
+                save_checkpoint, os.path.join(self.folder, "last.pt"), **self.args, **state,
+                format=FORMAT, parts=model.parts, pooling=model.pooling, epoch=epoch,
+                scores=scores or {}, images=len(keep["labels"]), lines=self.lines, seconds=seconds)
+        from_rank_0(self._write)
         left = ""
         if self.began and keep and epoch < self.total:
             self.rounds += 1
@@ -1394,14 +1401,15 @@ class Log:
     def finish(self, scores, train, labels):
         """The end of a run -> scores. Without person ids, leave clusters.csv: file, cluster (-1: an
         outlier) and camera of every training image. The folder is free again."""
-        if (train.pids < 0).all():
+        if (train.pids < 0).all() and RANK == 0:
             rows = zip(train.paths, labels.tolist(), train.cams.tolist())
             path = os.path.join(self.folder, "clusters.csv")
             with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 csv.writer(file).writerows([("file", "cluster", "camera"), *rows])
             say(f"the cluster of every image: {path}")
         say(f"look at it: python eval.py {shlex.quote(self.folder)} --report")
-        LOCKS.pop(os.path.realpath(self.path)).close()
+        if RANK == 0:
+            LOCKS.pop(os.path.realpath(self.path)).close()
         return scores
 
 
@@ -1419,7 +1427,8 @@ def header(device, args):
         git = None
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                     torchvision=torchvision.__version__, sklearn=sklearn.__version__)
-    return json.dumps(dict(args=args, device=str(device), threads=torch.get_num_threads(),
+    return json.dumps(dict(args=args, device=str(device), ranks=RANKS,
+                           threads=torch.get_num_threads(),
                            commit=git.stdout.strip() if git else "", **versions)) + "\n"
 
 
@@ -1500,3 +1509,146 @@ def embed(model, files):
     images = read_images(Split([os.fspath(file) for file in files], None, None), *model.size)
     features = extract_features(model, images)
     return features[0] if model.parts else features
+
+
+# ================================================================================== F several GPUs
+# `torchrun --nproc-per-node 4 ccsd.py` starts the page four times: four ranks, a GPU each. All draw
+# the same batches, keep all images, features and memories, and compute the same losses. Divided are
+# the chunks of a batch, the extraction and the search for neighbours; files, labels and scores are
+# made by rank 0. In a plain run these functions hand on what they get.
+
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK, RANKS, LOCAL = (int(os.environ[name]) if TORCHRUN else plain for name, plain in
+                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+LAUNCH = f"torchrun --nproc-per-node {LOCAL}" if TORCHRUN else "python"
+
+
+def join_ranks(device):
+    """-> the device of this rank. Connects the ranks: CUDA tensors by nccl, others by gloo."""
+    gpus = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": LOCAL}[device.type]
+    if LOCAL > gpus:
+        raise Problem(f"torchrun starts {LOCAL} processes here, for {gpus} GPUs (lower "
+                      "--nproc-per-node, or say --device cpu)")
+    if TORCHRUN and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if TORCHRUN and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def as_one(main):
+    """Call main() so that the ranks look like one program: rank 0 alone prints, and of failing
+    ranks the first; torchrun ends the others. A rank that waits for a lost one does not notice a
+    signal, so a thread ends it after 5 seconds."""
+    if not TORCHRUN:
+        return main()
+    store, screen, silence = next(dist.rendezvous("env://"))[0], sys.stderr, open(os.devnull, "w")
+    lost = ("lost a rank, finished epochs are kept; go on with: "
+            f"{LAUNCH} {shlex.join(word for word in sys.argv if word != '--resume')} --resume")
+    heard, bell = os.pipe()
+    os.set_blocking(bell, False)
+    signal.set_wakeup_fd(bell)  # gets a byte for every signal
+
+    def leave():
+        os.read(heard, 1)
+        time.sleep(5)
+        if store.add("failed", 1) == 1:
+            print("error:", lost, file=screen, flush=True)
+        os._exit(130)
+    threading.Thread(target=leave, daemon=True).start()
+    if RANK:
+        sys.stdout = sys.stderr = silence
+    try:
+        result = main()
+        if dist.is_initialized():
+            dist.barrier()  # nobody leaves while another still reads
+            dist.destroy_process_group()
+        return result
+    except (Exception, KeyboardInterrupt) as error:
+        sys.stderr = screen if store.add("failed", 1) == 1 else silence
+        if isinstance(error, RuntimeError) and re.search("(?i)gloo|nccl", str(error)):
+            raise Problem(lost) from error
+        raise
+
+
+def own(rows):
+    """-> this rank's share of a tensor or a list: rows that follow each other."""
+    return rows[len(rows) * RANK // RANKS:len(rows) * (RANK + 1) // RANKS]
+
+
+def from_rank_0(function, *args, **more):
+    """-> function(...), which rank 0 alone calls: nobody else writes, and labels cannot differ."""
+    result = [function(*args, **more) if RANK == 0 else None]
+    if TORCHRUN:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+class Gather(torch.autograd.Function):
+    """gathered(). As every rank computes the same loss of all rows, the gradient of its own rows is
+    at hand; it is multiplied by RANKS because average_gradients() divides by it."""
+
+    @staticmethod
+    def forward(ctx, rows, n):
+        every = rows.new_zeros(*rows.shape[:-2], n, rows.shape[-1])
+        own(every.transpose(0, -2)).copy_(rows.transpose(0, -2))
+        dist.all_reduce(every)  # a sum: what is not a rank's own is 0
+        return every
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return RANKS * own(gradient.transpose(0, -2)).transpose(0, -2), None
+
+
+def gathered(rows, n):
+    """A share of n rows on each rank, (..., own, D) -> on every rank (..., n, D)."""
+    return Gather.apply(rows, n) if TORCHRUN else rows
+
+
+def forward(model, images, splits, inside=False):
+    """What the network gives for a batch, (..., B, D), chunk by chunk as if on `splits` GPUs; each
+    rank forwards its share of the chunks and gets the features of all."""
+    with statistics_of_all(model, splits):
+        outputs = [model(chunk, inside) for chunk in own(images.chunk(splits))]
+
+    def whole(features):
+        return gathered(torch.cat(features, -2), len(images))
+    return tuple(map(whole, zip(*outputs))) if inside else whole(outputs)
+
+
+@contextlib.contextmanager
+def statistics_of_all(model, splits):
+    """Inside, each rank forwards its chunks; afterwards the running statistics r of batch norms are
+    those of one process: for all chunks in order, r <- .9 r + .1 s. That is a sum over chunks, so a
+    rank starts from its part of r, lets it decay for the chunks of others, and all are added."""
+    norms = [x for x in model.modules() if isinstance(x, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    norms = norms if TORCHRUN and model.training else []
+    running = [x.data for norm in norms for x in (norm.running_mean, norm.running_var)]
+    share = splits // RANKS
+    for x in running:
+        x.mul_(.9 ** (share * RANK) / RANKS)
+    yield
+    for x in running:
+        x.mul_(.9 ** (splits - share * (RANK + 1)))
+    add_ranks(running)
+    for norm in norms:
+        norm.num_batches_tracked += splits - share
+
+
+def average_gradients(optimizer):
+    """Behind backward(): gradients become their mean over ranks, that of the whole batch."""
+    if TORCHRUN:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]
+                     if p.grad is not None]
+        add_ranks(gradients)
+        torch._foreach_div_(gradients, RANKS)
+
+
+def add_ranks(tensors):
+    """In place: the sum over ranks of each tensor, in one message."""
+    if tensors:
+        message = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(message)
+        for x, total in zip(tensors, message.split([x.numel() for x in tensors])):
+            x.copy_(total.view_as(x))

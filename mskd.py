@@ -228,8 +228,7 @@ def train_stage(args, stage, out, teacher_folder=None):
             # 5a features of augmented images, chunk by chunk as if on --bn-splits GPUs
             batch = common.augment(common.take(images, index, device), generator,
                                    jitter=.5 if from_scratch else 0)
-            chunks = batch.chunk(args.bn_splits)
-            f = torch.cat([model(chunk) for chunk in chunks], 1)                  # (3, B, D)
+            f = common.forward(model, batch, args.bn_splits)                      # (3, B, D)
             index = common.send(index, device)
             k = y[index]                                                          # (B,)
             D_g = D_u = D_d = 0
@@ -239,7 +238,7 @@ def train_stage(args, stage, out, teacher_folder=None):
 
             # 5c the teacher saw through some of the noise: its features of the same images
             if teacher and args.mu:
-                t = torch.cat([teacher(chunk) for chunk in chunks], 1)            # (3, B, D)
+                t = common.forward(teacher, batch, args.bn_splits)                # (3, B, D)
                 D_g, D_u, D_d = distillation_losses(f, t)
 
             # 5f total loss, step
@@ -251,6 +250,7 @@ def train_stage(args, stage, out, teacher_folder=None):
             optimizer.param_groups[0]["lr"] = args.lr * factor
             optimizer.zero_grad()
             loss.backward()
+            common.average_gradients(optimizer)
             optimizer.step()
 
             # 5g memories follow the batch, so that they keep up with the network

@@ -152,19 +152,13 @@ def follow(slow, fast, alpha):
         parameter.lerp_(source, 1 - alpha)
 
 
-def forward(model, batch, splits):
-    """-> pooled features and neck's output B(x), (B, D) each; batch norm sees `splits` chunks."""
-    chunks = [model(chunk, inside=True) for chunk in batch.chunk(splits)]
-    return tuple(torch.cat(part) for part in zip(*chunks))
-
-
 @torch.no_grad()
 def soft_labels(slow, classifiers, views, camera_means, index, args):
     """Step 5c: what each slow copy says of its view -> distributions (n, B, C). W: with the copy's
     camera_means (n, N, D), that of the image's camera is taken out of the direction of B(x)."""
     soft = []
     for i, net in enumerate(slow):
-        _, neck = forward(net, views[i], args.bn_splits)                          # (B, D)
+        _, neck = common.forward(net, views[i], args.bn_splits, inside=True)      # (B, D)
         if camera_means is not None:
             length = neck.norm(dim=1, keepdim=True)
             neck = F.normalize(F.normalize(neck) - camera_means[i, index]) * length
@@ -208,14 +202,15 @@ def train_source(args, i, device, images):
             passing = torch.randperm(len(images), generator=generator)[:len(index)]
             batch = common.augment(common.take(images, passing, device), generator, erase=0)
             with torch.no_grad():
-                forward(model, batch, args.bn_splits)
+                common.forward(model, batch, args.bn_splits)
             batch = common.augment(common.take(source_images, index, device), generator, erase=0)
-            pooled, neck = forward(model, batch, args.bn_splits)                  # (B, D) each
+            pooled, neck = common.forward(model, batch, args.bn_splits, inside=True)  # (B, D) each
             z, k = classifier(neck) / args.temp, y[common.send(index, device)]    # (B, C), (B,)
             loss = (F.cross_entropy(z, k, label_smoothing=SMOOTHING)
                     + multi_similarity_loss(pooled, k) + 2 * nuclear_norm_loss(z))  # [code]
             optimizer.zero_grad()
             loss.backward()
+            common.average_gradients(optimizer)
             optimizer.step()
             means.add(source=loss)
         losses = means.values(epoch + 1)
@@ -290,7 +285,7 @@ def main(argv=None):
             means.add(entropy=torch.special.entr(soft).sum(2).mean(), own=own.mean())
             optimizer.zero_grad()
             for i in range(args.nets):
-                pooled, neck = forward(students[i], views[i], args.bn_splits)     # (B, D) each
+                pooled, neck = common.forward(students[i], views[i], args.bn_splits, inside=True)
                 z = neck @ classifiers[i].T / args.temp                           # (B, C)
                 L_id = L_soft = L_ms = L_nuc = 0
 
@@ -311,6 +306,7 @@ def main(argv=None):
             cosine = .5 + .5 * math.cos(math.pi * (epoch + step / args.iters) / args.epochs)
             factor = .1 ** (epoch // args.lr_drop) if args.lr_drop else cosine
             optimizer.param_groups[0]["lr"] = args.lr * factor
+            common.average_gradients(optimizer)
             optimizer.step()
 
             # 5g slow copies follow, and so forget the noise of single steps

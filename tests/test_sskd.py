@@ -174,13 +174,13 @@ def test_sources_are_trained_once_and_target_ids_do_not_leak(finished, tiny, oth
 def test_views_and_peers(nets, shared, finished, tiny, other, tmp_path, monkeypatch, watch):
     """View i reaches M_i and E_i only; soft labels come from the next slow copy, no gradient to
     it; what they hold is logged."""
-    forward, calls = sskd.forward, []
+    forward, calls = common.forward, []
 
-    def noted(model, batch, splits):
+    def noted(model, batch, splits, inside=False):
         calls.append((id(model), batch, next(model.parameters()).requires_grad))
         assert model.training                                      # batch statistics, all of them
-        return forward(model, batch, splits)
-    monkeypatch.setattr(sskd, "forward", noted)
+        return forward(model, batch, splits, inside)
+    monkeypatch.setattr(common, "forward", noted)
     said, lessons = watch(sskd, "soft_labels"), watch(sskd, "soft_label_loss")
     batches = watch(common, "pk_batches")
     sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source"), "--nets",
@@ -236,19 +236,19 @@ def test_from_the_last_map_to_logits_and_gradients(terms, tiny, other, resnet18,
     """Everything behind the backbone once more in float64: average, batch norm, logits z = W B(x)
     on the neck's output as it is (not of unit length), the weighted sum of terms, its gradient to
     the map."""
-    maps, scale, forward = {}, {}, sskd.forward
+    maps, scale, forward = {}, {}, common.forward
 
-    def noted(model, batch, splits):
+    def noted(model, batch, splits, inside=False):
         def keep(_, __, output):
             if output.requires_grad:
                 output.retain_grad()
             maps[model] = output
             scale[model] = model.necks[0].weight.detach().double()  # before the step
         hook = model.backbone.register_forward_hook(keep)
-        result = forward(model, batch, splits)
+        result = forward(model, batch, splits, inside)
         hook.remove()
         return result
-    monkeypatch.setattr(sskd, "forward", noted)
+    monkeypatch.setattr(common, "forward", noted)
     means = watch(common, "cluster_means")
     batches, index = common.pk_batches, []
     monkeypatch.setattr(common, "pk_batches", lambda labels, *args: (
@@ -287,7 +287,7 @@ def test_from_the_last_map_to_logits_and_gradients(terms, tiny, other, resnet18,
 def test_soft_labels_are_free_of_the_camera(finished, tiny, other, tmp_path, watch):
     """From random weights (W): the direction of B(x) loses its camera's mean, its length stays;
     and the rows it meets are means of features without theirs, network by network."""
-    outputs, lessons = watch(sskd, "forward"), watch(sskd, "soft_label_loss")
+    outputs, lessons = watch(common, "forward"), watch(sskd, "soft_label_loss")
     extracted, batches = watch(common, "extract_features"), watch(common, "pk_batches")
     sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source"), "--nets", "2",
                    "--epochs", "1", "--iters", "1"))
@@ -329,9 +329,9 @@ def test_slow_classifiers_follow_when_nothing_is_centred(tiny, other, resnet18, 
 
 def test_source_training_lets_the_target_pass_and_learns_the_source(tiny, other, tmp_path,
                                                                     monkeypatch, after_each_step):
-    forward, learns, rates = sskd.forward, [], []
-    monkeypatch.setattr(sskd, "forward", lambda *args: (learns.append(torch.is_grad_enabled()),
-                                                        forward(*args))[1])
+    forward, learns, rates = common.forward, [], []
+    monkeypatch.setattr(common, "forward", lambda *args, **more: (
+        learns.append(torch.is_grad_enabled()), forward(*args, **more))[1])
     after_each_step.append(lambda optimizer: rates.append(optimizer.param_groups[0]["lr"]))
     args = sskd.get_args(pair(other, tiny, tmp_path, "--source-epochs", "16", "--source-iters", "1",
                               "--lr", "1e-3"))

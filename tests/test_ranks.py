@@ -1,0 +1,231 @@
+"""Several processes under torchrun are one process with as many chunks: the same labels, losses and
+files; and what one sees when a process is lost. Two gloo processes on the CPU, loopback only.
+
+torchrun starts this file itself, as a program that calls the pages, because starting takes longer
+than the tiny runs: test_ranks.py JOBS, a JSON list of [page, its words, epoch before which rank 1
+is killed or 0]; page "step" checks single steps, in which Adam cannot hide a factor.
+"""
+
+import copy
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import HERE, draw, losses, refusal, short
+
+import ccsd
+import common
+import mskd
+import sskd
+
+PAGES = dict(ccsd=ccsd, mskd=mskd, sskd=sskd)
+CHUNKS = ["--bn-splits", "2", "--batch-size", "16", "--num-instances", "4"]
+
+
+def torchrun(program, *words):
+    """Start a program as two ranks -> what it has printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", program, *words]
+    env = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+def said(done):
+    """-> the lines on stderr that are ours, not torchrun's report or a progress bar."""
+    return [line for line in re.split(r"[\r\n]+", done.stderr)
+            if re.search("error: |interrupted|go on with", line)]
+
+
+@pytest.fixture(scope="module")
+def flags(tiny, tmp_path_factory):
+    """-> the words of a short run: flags(page, out)."""
+    source = draw(tmp_path_factory.mktemp("data") / "source", train=10)
+    more = dict(ccsd=["--refine", "reassign", "--on-collapse", "skip"],
+                mskd=["--epochs", "1"], sskd=[
+                    "--source", str(source), "--source-epochs", "1", "--source-iters", "2",
+                    "--nets", "2", "--epochs", "1"])
+    return lambda page, out: short(tiny, out, *CHUNKS, *more[page])
+
+
+@pytest.fixture(scope="module")
+def runs(flags, tmp_path_factory):
+    """All three pages in one process and in two; in `resumed`, one process has stopped after its
+    first epoch and two have gone on. -> the two folders, and what torchrun printed."""
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for page, module in PAGES.items():
+        module.main(flags(page, one / page))
+    stop_after_an_epoch(flags("ccsd", two / "resumed"))
+    torch.set_num_threads(threads)
+    jobs = [["step", [], 0]] + [[page, flags(page, two / page), 0] for page in PAGES]
+    jobs.append(["ccsd", [*flags("ccsd", two / "resumed"), "--resume"], 0])
+    done = torchrun(__file__, json.dumps(jobs))
+    assert done.returncode == 0, done.stderr
+    return one, two, done
+
+
+def stop_after_an_epoch(words):
+    """Run ccsd.py in this process; Ctrl-C before the second epoch."""
+    batches, calls = common.pk_batches, []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "pk_batches", lambda *args: batches(*args) if not calls.append(1)
+                      and len(calls) == 1 else signal.raise_signal(signal.SIGINT))
+        ccsd.main(words)
+    for log in common.LOCKS.values():
+        log.close()  # as if this process had ended
+
+
+def same_run(a, b):
+    """Two finished runs have the same lines, labels and network, but for rounding, which Adam makes
+    larger with every step: hence the short runs."""
+    lines, others = losses(a), losses(b)
+    assert [line["title"] for line in lines] == [line["title"] for line in others]
+    for line, other in zip(lines, others):
+        assert line.keys() == other.keys()
+        for name in line.keys() - {"title"}:
+            assert line[name] == pytest.approx(other[name], abs=1e-4), (line["title"], name)
+    old, new = (common.load_checkpoint(os.path.join(out, "last.pt")) for out in (a, b))
+    assert torch.equal(old["labels"], new["labels"]) and (old["labels"] >= 0).any()
+    for name, value in old["model"].items():
+        torch.testing.assert_close(new["model"][name], value, atol=5e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("out", ["ccsd", "mskd/teacher", "mskd", "sskd/source/1", "sskd/source/2",
+                                 "sskd"])
+def test_two_processes_are_one_with_two_chunks(out, runs):
+    one, two, done = runs
+    same_run(one / out, two / out)
+    heads = [json.loads(open(folder / out / "log.jsonl").readline()) for folder in (one, two)]
+    assert [head["ranks"] for head in heads] == [1, 2]
+
+
+def test_only_rank_0_prints_and_writes(runs):
+    one, two, done = runs
+    assert done.stdout.count("one step: same") == 1
+    titles = [line.split("|")[0].strip() for line in done.stdout.splitlines()]
+    assert titles.count("source 2, 1") == titles.count("source only") == 1
+    assert titles.count("first round") == 1 and titles.count("warmed up") == 3
+    assert done.stderr.count("3 cameras; train 72") == 5  # ccsd, teacher, student, sskd, resumed
+    for folder, _, files in os.walk(two):
+        assert set(files) <= {"last.pt", "log.jsonl"}
+
+
+def test_one_process_stops_and_two_go_on(runs):
+    one, two, _ = runs
+    same_run(one / "ccsd", two / "resumed")
+
+
+def test_a_rank_dies_and_one_process_goes_on(runs, flags, tmp_path):
+    """torchrun ends the other within seconds; one line says how to go on, and one process can."""
+    words = flags("ccsd", tmp_path)
+    done = torchrun(__file__, json.dumps([["ccsd", words, 2]]))
+    assert done.returncode == 1 and "epoch 1/2" in done.stdout and "epoch 2/2" not in done.stdout
+    page = re.escape(os.path.join(HERE, "ccsd.py"))
+    lines = said(done)
+    assert len(lines) == 1 and re.search("finished epochs are kept; go on with: torchrun "
+                                         f"--nproc-per-node 2 {page} .* --resume$", lines[0]), lines
+    ccsd.main([*words, "--resume"])
+    same_run(runs[0] / "ccsd", tmp_path)
+
+
+def test_chunks_must_fit_the_ranks(tiny, tmp_path, capsys, monkeypatch):
+    done = torchrun(os.path.join(HERE, "mskd.py"), *short(tiny, tmp_path / "out"))
+    assert said(done) == ["error: --bn-splits 1 is no multiple of the 2 processes of torchrun "
+                          "(change one of them)"]
+    assert done.returncode == 1 and done.stdout == "" and not os.path.exists(tmp_path / "out")
+    monkeypatch.setattr(common, "RANKS", 4)
+    for main in (ccsd.main, mskd.main, sskd.main):
+        line = refusal(lambda: main(short(tiny, tmp_path, "--bn-splits", "2")), capsys)
+        assert line.startswith("--bn-splits 2 is no multiple of the 4 processes"), line
+
+
+# ------------------------------------------------------------------- what the two ranks run
+
+
+def one_step(splits, parts):
+    """Features, gradients, also of weights that every rank applies to all images, and running
+    statistics, against the whole batch in this process alone."""
+    torch.manual_seed(0)
+    images, y = torch.rand(16, 3, 64, 32), torch.arange(16) % 5
+    model, last = common.Encoder("small", "none", parts), torch.nn.Linear(256, 5)
+    twin, twin_last = copy.deepcopy(model), copy.deepcopy(last)
+    optimizer = torch.optim.SGD([*model.parameters(), *last.parameters()], 1)
+    for _ in range(2):
+        f = common.forward(model, images, splits)
+        g = torch.cat([twin(chunk) for chunk in images.chunk(splits)], -2)
+        optimizer.zero_grad()
+        for module in (twin, twin_last):
+            module.zero_grad()
+        for features, layer in ((f, last), (g, twin_last)):
+            F.cross_entropy(layer(features).flatten(0, -2), y.repeat(1 + parts)).backward()
+        common.average_gradients(optimizer)
+        torch.testing.assert_close(f, g, atol=1e-5, rtol=0)
+        for ours, theirs in ((model, twin), (last, twin_last)):
+            for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+                if q.grad is not None:
+                    error = (p.grad - q.grad).norm() / q.grad.norm()
+                    assert error < 1e-4 or q.grad.norm() < 1e-6, (name, error)
+    for (name, value), other in zip(model.state_dict().items(), twin.state_dict().values()):
+        torch.testing.assert_close(value, other, atol=1e-5, rtol=1e-5, msg=name)
+    pooled, neck = common.forward(model, images, splits, inside=True)
+    torch.testing.assert_close(F.normalize(neck, dim=-1), common.forward(model, images, splits))
+    assert pooled.shape == neck.shape == f.shape
+
+
+def shares():
+    """Work on all images is divided, and everybody has all of the result."""
+    torch.manual_seed(0)
+    images = torch.randint(256, (37, 3, 64, 32), dtype=torch.uint8)
+    model, seen = common.Encoder("small", "none", 2), []
+    hook = model.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    features = common.extract_features(model, images, 8)
+    hook.remove()
+    assert sum(seen) == (18, 19)[common.RANK]
+    whole = model.eval()(common.normalise(images)).detach()
+    torch.testing.assert_close(features, whole, atol=1e-5, rtol=0)
+    features = F.normalize(torch.randn(37, 8))
+    rank = common.nearest(features, 5)
+    assert len(common.own(features)) == (18, 19)[common.RANK]
+    np.testing.assert_array_equal(rank, (features @ features.T).topk(5).indices)
+    assert common.from_rank_0(lambda: os.environ["RANK"]) == "0"
+
+
+def check_steps(_):
+    common.pick_device("cpu")
+    one_step(2, 0)
+    one_step(4, 2)
+    shares()
+    print("one step: same")
+
+
+def die(before):
+    """Rank 1 is killed when it asks for the batches of epoch `before`."""
+    batches, calls = common.pk_batches, []
+
+    def deadly(*args):
+        calls.append(1)
+        if common.RANK == 1 and len(calls) == before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batches(*args)
+    common.pk_batches = deadly
+
+
+def work(jobs):
+    for page, words, before in jobs:
+        if before:
+            die(before)
+        (check_steps if page == "step" else PAGES[page].main)(words)
+
+
+if __name__ == "__main__":
+    jobs = json.loads(sys.argv[1])
+    sys.argv = [os.path.join(HERE, f"{jobs[-1][0]}.py"), *jobs[-1][1]]  # as if that were started
+    common.run(lambda: work(jobs))
