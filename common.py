@@ -1145,8 +1145,8 @@ def run(main, resume="--resume"):
     """Call main() as a program: a Problem becomes one line on stderr and exit code 2; Ctrl-C and
     SIGTERM one line with the command that goes on, by the flag `resume`, and exit code 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in
-                              (sys.stdout, sys.stderr))  # None where they were closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None where it was closed
+    sys.stdout = sys.stdout or sys.stderr
     try:
         return as_one(main)
     except Problem as problem:

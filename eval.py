@@ -201,7 +201,8 @@ def read_log(run):
         for name, value in header["args"].items():
             values = value if isinstance(value, list) else [value]
             values = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
-            run.flags[name] = " ".join([f"--{name.replace('_', '-')}", *values])
+            if name not in ("code", "first_stage"):  # notes of the page, no flags
+                run.flags[name] = " ".join([f"--{name.replace('_', '-')}", *values])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise common.Problem(f"{run.path} holds no log of these pages (name another)") from error
 
