@@ -108,9 +108,10 @@ def load(name, root="data", at_least=1, draw=True):
         cams = np.searchsorted(cameras, [camera for _, _, camera in split])
         splits.append(Split([path for path, _, _ in split], np.array(people, np.int64),
                             cams.astype(np.int64)))
-    sizes = ", ".join(f"{kind} {len(split.paths):,} images of {len(np.unique(split.pids)):,}"
-                      for kind, split in zip(KINDS, splits))
-    say(f"{name}: {folder}, {len(cameras)} cameras; {sizes} ids", sys.stderr)
+    sizes = [f"{kind} {len(split.paths):,} images of "
+             + (f"{len(np.unique(split.pids)):,} ids" if split.pids.max() >= 0 else "unknown ids")
+             for kind, split in zip(KINDS, splits) if split.paths]
+    say(f"{name}: {folder}, {len(cameras)} cameras; {', '.join(sizes)}", sys.stderr)
     return splits
 
 
@@ -1374,8 +1375,9 @@ class Log:
         if losses:
             text.append("  ".join(f"{name} {value:6.3f}" for name, value in losses.items()))
         groups = dict(quality=quality, losses=losses, scores=scores)
-        record = dict(title=title, epoch=epoch, **more,
-                      **{name: group for name, group in groups.items() if group})
+        record = dict(title=title, epoch=epoch)
+        record.update((name, value) for name, value in {**more, **groups}.items()
+                      if value not in (None, {}))
         self.lines.append(json.dumps(dict(record, seconds=round(seconds, 2))) + "\n")
         if keep:
             model = keep["model"]

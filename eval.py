@@ -412,7 +412,7 @@ def main(argv=None):
             rows @ features[1].T for rows in features[0].split(256))
         return show_scores(run, common.score_ranking(similar, run.query, run.gallery), args)
     if args.report is None and not args.save_features:
-        raise common.Problem(f"{run.data}: the test set has no ids, so there is no score (say "
+        raise common.Problem(f"{run.data}: there is no test set with ids, so no score (say "
                              "--report, --pairs or --save-features)")
     return {}
 

@@ -205,6 +205,7 @@ def test_a_run_without_ids_ends_with_its_clusters(tmp_path, capsys):
     folder = own(tmp_path / "own", names)
     assert ccsd.main(short(folder, tmp_path / "out", "--batch-size", "4")) == {}
     said = capsys.readouterr().out
+    assert None not in losses(tmp_path / "out")[-1].values()
     assert "clusters" in said and "mAP" not in said and "ARI" not in said and "purity" not in said
     with open(tmp_path / "out" / "clusters.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
