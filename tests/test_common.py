@@ -132,7 +132,7 @@ def test_encoder_equals_torchvision_but_for_the_last_stride():
     model.backbone.load_state_dict({k: v for k, v in path_free.items() if not k.startswith("fc")})
     net.fc, net.avgpool = nn.Identity(), nn.Identity()
     x = torch.randn(2, 3, 64, 32)
-    torch.testing.assert_close(model.backbone(x).flatten(1), net.eval()(x))
+    torch.testing.assert_close(model.backbone(x).flatten(1), net.eval()(x), atol=1e-4, rtol=1e-4)
 
 
 def test_weights_from_a_file(tmp_path):

@@ -377,7 +377,7 @@ def test_collapse(name, tiny, other, tmp_path, monkeypatch, capsys):
     page, fit, fits, seen = PAGES[name], common.DBSCAN.fit, [], []
     quality = common.label_quality
 
-    def collapsing(self, graph):
+    def collapsing(self, graph, *_, **__):
         fit(self, graph)
         fits.append(1)
         if len(fits) > 1:
