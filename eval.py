@@ -40,9 +40,12 @@ def rerank(query_features, gallery_features, k1=20, k2=6, lam=.3, block=256):
     """
     features = torch.cat([query_features, gallery_features])
     common.check_finite(features)
-    farthest = torch.cat([2 - 2 * (rows @ features.T).min(1).values for rows in
-                          features.split(block)])
-    farthest = farthest.clamp(min=1e-12).cpu().numpy()                            # (Q + G,)
+    smallest = features.new_ones(len(features))  # cosine of each image with the least similar one
+    for start in range(0, len(features), block):  # a pair's cosine serves both of its images
+        cosine = features[start:start + block] @ features[start:].T
+        smallest[start:start + block].clamp_(max=cosine.min(1).values)
+        smallest[start:].clamp_(max=cosine.min(0).values)
+    farthest = (2 - 2 * smallest).clamp(min=1e-12).cpu().numpy()                  # (Q + G,)
 
     def weigh(cosine, vectors):
         return np.exp(-(2 - 2 * cosine) / common.per_entry(farthest, vectors))
