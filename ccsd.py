@@ -1,14 +1,14 @@
 """CCSD: Cross-camera self-distillation for unsupervised person re-identification
 Chen, Gao, Sun, Sang; Visual Intelligence 1:27, 2023; doi 10.1007/s44267-023-00029-4
 
-Clusters of unlabelled pedestrians are noisy, because another camera changes a picture more than
-another person does. CCSD splits every cluster by camera, refines the parts, and compares each image
-with the parts of its own camera and of other cameras. Within a camera the comparison is reliable:
-its distribution of similarities teaches the one across cameras, so one network teaches itself.
+Clusters of unlabelled pedestrian images are noisy, because an image changes more with the camera
+than with the person. CCSD splits every cluster by camera, refines the parts, and compares each
+image with the parts of its own camera and of other cameras. Similarities within a camera are more
+reliable, so their distribution teaches the one across cameras: the network is its own teacher.
 
-An epoch ([paper]: stated in abstract or introduction; the rest is ClusterContrast by Dai et al.,
-ACCV 2022, the usual base, and the choices N1-N5)
-  0 data, network; from random weights a warm-up W       common.read_data, Encoder, warm_up
+One epoch ([paper]: stated in the abstract or introduction; the rest is the usual baseline,
+ClusterContrast (Dai et al., ACCV 2022), and the choices N1-N5)
+  0 data, network; a warm-up W if from random weights    common.read_data, Encoder, warm_up
   1 extract features of all training images              common.extract_features
   2 pseudo labels: Jaccard distance, DBSCAN              common.jaccard_distance, dbscan
   3 camera-aware cluster refinement [paper]: split       split_by_camera
@@ -19,22 +19,22 @@ ACCV 2022, the usual base, and the choices N1-N5)
     5b L_base: similarity to clusters                    cross-entropy
     5c L_intra: to groups of the same camera [paper]     intra_camera_loss N2
     5d L_cross: to groups of other cameras [paper]       cross_camera_loss N3
-    5e L_kd: the distribution of 5c teaches that of 5d [paper]   distillation_loss N4
+    5e L_kd: similarities of 5c teach those of 5d [paper]   distillation_loss N4
     5f L = L_base + L_intra + a L_cross + b L_kd, optimiser step
-    5g memories follow the batch                         common.update_memory N5
+    5g momentum update of the memories                   common.update_memory N5
   6 report, evaluate, save                       common.label_quality, test, Log.epoch
-Symbols: f_i unit feature, v = c(i) its camera, k = y(i) its cluster; group (k, v): the images of
-  cluster k in camera v, the paper's refined cluster; m_k, m_(k,v) their unit memories; tau --temp
-  in L_base, GROUP_TEMP in the others; a --cross, b --kd; mu --momentum
-Differences from the paper: unknown, only abstract and introduction were at hand. Chosen here:
-  N1 the refinement rule, --refine: two readings; neither scored above the bare split, the default
-  N2 L_intra: cross-entropy over the groups of the image's camera, at GROUP_TEMP: CAP (AAAI 2021)
-  N3 L_cross: the cluster's groups in other cameras against the 50 hardest, as in CAP; like N4 from
-     GROUP_START on; --cross 0 leaves aligning cameras to distillation alone
-  N4 KL(teacher || student) over the clusters that both cameras see, the image's own among them
-  N5 group memories move like those of clusters, with the momentum GROUP_MOMENTUM
-  W  --weights none adds what no paper claims: a warm-up without labels, colour jitter, IBN-a
-     blocks in the small network, and --centre: clusters of features less their camera's mean
+Symbols: f_i unit feature of image i, v = c(i) its camera, k = y(i) its cluster; group (k, v): the
+  images of cluster k in camera v, the paper's refined cluster; m_k, m_(k,v) unit memories of both;
+  tau: --temp in L_base, GROUP_TEMP in the other losses; a --cross, b --kd; mu --momentum
+Differences from the paper are unknown: we had only its abstract and introduction. Our choices:
+  N1 the refinement rule (--refine): two interpretations; neither beat the plain split, the default
+  N2 L_intra: cross-entropy over the groups of the image's camera, as in CAP (AAAI 2021)
+  N3 L_cross: the cluster's groups in other cameras against the 50 hardest groups of other clusters,
+     as in CAP, after GROUP_START epochs, like N4; --cross 0: distillation alone aligns the cameras
+  N4 L_kd: KL(teacher || student) over the clusters seen by both cameras, the image's own included
+  N5 group memories are updated like cluster memories, with the momentum GROUP_MOMENTUM
+  W  --weights none adds what no paper claims: a warm-up without labels, colour jitter, IBN-a blocks
+     in the small network, and --centre: subtract each camera's mean feature before clustering
 Run
   python ccsd.py                                     toy set, 2 CPU cores: about 80 s, 78 mAP
   python ccsd.py --data market1501 --root data       one GPU of 24 GB, estimated: not measured
@@ -47,7 +47,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-SETTINGS = {  # defaults of the flags; how those of the toy set were chosen: tests/RESULTS.md
+SETTINGS = {  # defaults of the flags; tests/RESULTS.md says how the toy set's were chosen
     "toy": dict(arch="small", weights="none", size=(96, 48), eps=.45, k1=20, epochs=20, iters=24,
                 batch_size=64, num_instances=4, lr=1e-3, lr_drop=0, bn_splits=1, eval_every=5),
     "market1501": dict(arch="resnet50", weights="imagenet", size=(256, 128), eps=.6, k1=30,
@@ -56,18 +56,18 @@ SETTINGS = {  # defaults of the flags; how those of the toy set were chosen: tes
 SETTINGS.update({"toy-source": SETTINGS["toy"], "msmt17": dict(SETTINGS["market1501"], iters=400)})
 WEIGHT_DECAY = 5e-4
 GROUP_TEMP, GROUP_MOMENTUM, NEGATIVES = .07, .2, 50  # N2-N5
-GROUP_START = 5     # epochs before L_cross and L_kd; a quarter of a run of less than 20 epochs
-RECLUSTER_EPS = .8  # N1: eps inside a group, in parts of --eps; not varied
+GROUP_START = 5     # epochs without L_cross and L_kd; a quarter of a run shorter than 20 epochs
+RECLUSTER_EPS = .8  # N1: eps within a group, as a fraction of --eps; no other value was tried
 
 
 def get_args(argv=None):
     number, parser = common.number, common.Parser(__doc__)
     weight = number(float, 0)
-    add = parser.add_argument_group("paper (default / published, of ClusterContrast); weight 0: off"
+    add = parser.add_argument_group("paper (default / ClusterContrast's value); weight 0: off"
                                     ).add_argument
     add("--refine", choices=("none", "split", "reassign", "recluster"), default="split",
-        help="none: ClusterContrast, L_base only; reassign: images move to the nearest group of "
-        "their camera; recluster: loose images are dropped (%(default)s)")
+        help="none: ClusterContrast, L_base only; split: by camera; reassign: images then move to "
+        "the nearest group of their camera; recluster: loose images are dropped (%(default)s)")
     add("--base", type=weight, default=1, help="weight of L_base (%(default)s)")
     add("--intra", type=weight, default=1, help="weight of L_intra (%(default)s)")
     add("--cross", type=weight, default=.5, help="a, weight of L_cross (%(default)s)")
@@ -77,32 +77,32 @@ def get_args(argv=None):
         help="mu in m <- mu m + (1 - mu) f (%(default)s / 0.1)")
     add("--eps", type=number(float, 0, 1), help="DBSCAN's radius; lower it when clusters mix "
         "people, raise it when most images are outliers (%(default)s / 0.6)")
-    add("--k1", type=number(int, 1), help="neighbours in the Jaccard distance, about the images of "
-        "a person (%(default)s / 30)")
+    add("--k1", type=number(int, 1), help="neighbours in the Jaccard distance, about as many "
+        "as a person has images (%(default)s / 30)")
     common.add_schedule_flags(parser, SETTINGS["market1501"])
     common.add_run_flags(parser)
     args = common.parse(parser, argv, "ccsd", SETTINGS)
     if args.true_ids and args.refine in ("reassign", "recluster"):
-        raise common.Problem(f"--true-ids: nothing to --refine {args.refine} (say split or none)")
+        raise common.Problem(f"--true-ids: {args.refine} has nothing to refine (use split or none)")
     if args.base == 0 and (args.intra == 0 or args.refine == "none"):
-        raise common.Problem("--base 0 leaves the first epochs no loss (raise it, or --intra with "
-                             "--refine split)")
+        raise common.Problem("--base 0 leaves the first epochs without a loss (raise it, or raise "
+                             "--intra and use --refine split)")
     return args
 
 
-# ======================================================= the paper's steps, as the loop meets them
+# ========================================================= the paper's steps, in the loop's order
 
 
 def split_by_camera(labels, cams):
-    """Step 3, split: (N,) labels and cameras -> the groups (k, v), and what each group is.
+    """Step 3, split: turn labels and cameras, (N,) each, into groups (k, v).
 
-    groups (N,): 0..G-1, or -1 where the label is. parent (G,), camera (G,): cluster k and camera v
-    of each group. table (C, V): group of (k, v), or -1 where camera v does not see k.
+    groups (N,): group of each image, 0..G-1, or -1 for an outlier. parent (G,), camera (G,):
+    cluster k and camera v of each group. table (C, V): group of (k, v), or -1 if v does not see k.
     """
-    inside = labels >= 0
-    pairs, index = np.unique(np.stack([labels[inside], cams[inside]]), axis=1, return_inverse=True)
+    valid = labels >= 0
+    pairs, index = np.unique(np.stack([labels[valid], cams[valid]]), axis=1, return_inverse=True)
     groups = np.full_like(labels, -1)
-    groups[inside] = index.ravel()
+    groups[valid] = index.ravel()
     parent, camera = pairs
     table = np.full((labels.max() + 1, cams.max() + 1), -1)
     table[parent, camera] = np.arange(len(parent))
@@ -110,11 +110,11 @@ def split_by_camera(labels, cams):
 
 
 def reassign(labels, cams, features, rounds=20):
-    """Step 3, refine, first reading (N1): spherical k-means within each camera, from its groups on.
+    """Step 3, refine, first interpretation (N1): spherical k-means within each camera.
 
-    Every image of camera v goes to the nearest m_(k,v) of its own camera, where little varies but
-    the person; then the means are computed again, until nothing moves or for `rounds`. Outliers
-    stay outliers. features: (N, D). -> (N,) labels.
+    Starting from the groups, every image of camera v moves to the nearest m_(k,v), because within a
+    camera little but the person varies. Then the means are computed again, until no image moves, at
+    most `rounds` times. Outliers stay outliers. features: (N, D). -> (N,) labels.
     """
     for _ in range(rounds):
         groups, parent, camera, _ = split_by_camera(labels, cams)
@@ -132,61 +132,62 @@ def reassign(labels, cams, features, rounds=20):
 
 
 def recluster(labels, cams, distance, eps, min_samples=2):
-    """Step 3, refine, second reading (N1): DBSCAN inside each group, at a tighter eps, makes loose
-    images outliers; the others keep their label. distance: sparse (N, N). -> (N,) labels."""
+    """Step 3, refine, second interpretation (N1): DBSCAN within each group, with a smaller eps,
+    turns loose images into outliers. distance: sparse (N, N). -> (N,) labels."""
     groups, *_ = split_by_camera(labels, cams)
     row = common.per_entry(groups, distance)
     same_group = (row >= 0) & (row == groups[distance.indices])
-    inside = distance.copy()
-    inside.data = np.where(same_group, distance.data, 1)
-    parts = common.dbscan(inside, eps, min_samples, at_least=0)
-    return common.renumber(np.where(parts >= 0, labels, -1))
+    within_group = distance.copy()
+    within_group.data = np.where(same_group, distance.data, 1)
+    subclusters = common.dbscan(within_group, eps, min_samples, at_least=0)
+    return common.renumber(np.where(subclusters >= 0, labels, -1))
 
 
 def intra_camera_loss(similarity, group, camera, temp):
-    """L_intra (N2): -log softmax over the groups of the image's own camera, at its own group. Batch
-    mean. similarity (B, G): <f_i, m_g>; group (B,): the image's; camera (G,): of each group."""
-    elsewhere = camera[group][:, None] != camera                                  # (B, G)
-    return F.cross_entropy((similarity / temp).masked_fill(elsewhere, -math.inf), group)
+    """L_intra (N2): cross-entropy over the groups of the image's own camera, batch mean. similarity
+    (B, G): <f_i, m_g>; group (B,): group of each image; camera (G,): camera of each group."""
+    other_camera = camera[group][:, None] != camera                               # (B, G)
+    return F.cross_entropy((similarity / temp).masked_fill(other_camera, -math.inf), group)
 
 
 def cross_camera_loss(similarity, group, parent, temp, negatives=NEGATIVES):
-    """L_cross (N3): the cluster's groups in other cameras against the hardest of other clusters.
+    """L_cross (N3): positives: the cluster's groups in other cameras; negatives: the hardest groups
+    of other clusters.
 
-    Mean over the positive groups h of -log(exp s_h / (sum of exp s over positives and negatives)),
-    s = similarity / temp; then over the images whose cluster another camera sees too. Shapes as
-    above; parent (G,): cluster of each group.
+    Mean over the positives h of -log(exp s_h / (sum of exp s over positives and negatives)), with
+    s = similarity / temp; then mean over the images that have a positive. Shapes as above; parent
+    (G,): cluster of each group.
     """
     logits = similarity / temp                                                    # (B, G)
-    same = parent[group][:, None] == parent                                       # (B, G)
-    itself = torch.arange(len(parent), device=same.device) == group[:, None]
-    positive = same & ~itself
-    hardest = logits.masked_fill(same, -math.inf).topk(min(negatives, len(parent))).values
-    both = torch.cat([logits.masked_fill(~positive, -math.inf), hardest], 1)
-    total = both.logsumexp(1, keepdim=True)                                       # (B, 1)
+    same_cluster = parent[group][:, None] == parent                               # (B, G)
+    own_group = torch.arange(len(parent), device=same_cluster.device) == group[:, None]
+    positive = same_cluster & ~own_group
+    hardest = logits.masked_fill(same_cluster, -math.inf).topk(min(negatives, len(parent))).values
+    candidates = torch.cat([logits.masked_fill(~positive, -math.inf), hardest], 1)
+    total = candidates.logsumexp(1, keepdim=True)                                 # (B, 1)
     loss = torch.where(positive, total - logits, 0).sum(1) / positive.sum(1).clamp(min=1)
     return loss.sum() / positive.any(1).sum().clamp(min=1)
 
 
 def distillation_loss(similarity, group, parent, camera, table, temp):
-    """L_kd (N4): similarities to clusters within the image's own camera are the target for those in
-    other cameras.
+    """L_kd (N4): similarities to clusters in the image's own camera v = c(i) are the target for its
+    similarities in other cameras.
 
-    For each other camera w that sees the image's cluster too, over the clusters k that both v =
-    c(i) and w see (a KL needs one support, 2 clusters at least): teacher p = softmax(<f_i,
-    m_(k,v)> / temp), without gradient; student q = softmax(<f_i, m_(k,w)> / temp). KL(p || q), mean
-    over those w, then over the images that have any. table (C, V): group of (k, v), or -1.
+    For each other camera w that also sees the image's cluster: softmax over the clusters k that
+    both v and w see (at least 2), so that p and q have the same support. Teacher p: softmax(<f_i,
+    m_(k,v)> / temp), without gradient; student q: softmax(<f_i, m_(k,w)> / temp). KL(p || q), mean
+    over these w, then over the images that have one. table (C, V): group of (k, v), or -1.
     """
     seen = table >= 0                                                             # (C, V)
-    logits = (similarity / temp)[:, table.clamp(min=0)]          # (B, C, V), the last axis is w
+    logits = (similarity / temp)[:, table.clamp(min=0)]          # (B, C, V), the last axis: w
     v = camera[group]                                                             # (B,)
     shared = seen & seen[:, v].T[:, :, None]                                      # (B, C, V)
     teacher = logits.gather(2, v[:, None, None].expand(-1, len(table), 1)).detach()  # (B, C, 1)
     log_p = teacher.masked_fill(~shared, -1e4).log_softmax(1)                     # (B, C, V)
-    log_q = logits.masked_fill(~shared, -1e4).log_softmax(1)  # e^-1e4 = 0, and -inf would give NaN
+    log_q = logits.masked_fill(~shared, -1e4).log_softmax(1)  # e^-1e4 is 0; -inf would give NaN
     kl = (log_p.exp() * (log_p - log_q)).sum(1)                                   # (B, V)
     valid = seen[parent[group]] & (shared.sum(1) >= 2)                            # (B, V)
-    valid = valid.scatter(1, v[:, None], False)               # w = v is the teacher
+    valid = valid.scatter(1, v[:, None], False)               # v itself is the teacher
     loss = torch.where(valid, kl, 0).sum(1) / valid.sum(1).clamp(min=1)           # (B,)
     return loss.sum() / valid.any(1).sum().clamp(min=1)
 
@@ -207,16 +208,16 @@ def main(argv=None):
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
                                  fused=device.type == "cuda")
     state = dict(generator=generator, model=model, optimizer=optimizer)
-    kept = log.restore(len(images), **state)
-    labels = kept.get("labels")
-    if not kept:  # a new run, not one that --resume goes on with
+    resumed = log.restore(len(images), **state)
+    labels = resumed.get("labels")
+    if not resumed:  # a new run
         log.epoch("start", scores=common.test(model, test_set))
         if from_scratch:  # W
             common.warm_up(model, images, cams, generator, args.warm_up)
             log.epoch("warmed up", scores=common.test(model, test_set))
 
-    for epoch in range(kept.get("epoch", 0), args.epochs):
-        # ---- 1 features: what the network sees now, without augmentation
+    for epoch in range(resumed.get("epoch", 0), args.epochs):
+        # ---- 1 features of the current network, without augmentation
         features = common.extract_features(model, images)                         # (N, D)
 
         # ---- 2 pseudo labels: dense groups of images that share neighbours
@@ -244,10 +245,10 @@ def main(argv=None):
 
         # ---- 5 batches of P clusters x K images
         model.train()
-        means, across = common.Means(), epoch >= min(GROUP_START, args.epochs // 4)  # N3
+        means, cross_started = common.Means(), epoch >= min(GROUP_START, args.epochs // 4)  # N3
         batches = common.pk_batches(labels, cams, P, K, args.iters, generator)
         for step, index in log.steps(batches, f"epoch {epoch + 1}", args.iters):
-            # 5a features of augmented images, chunk by chunk as if on --bn-splits GPUs
+            # 5a features of augmented images, in --bn-splits chunks as if on that many GPUs
             batch = common.augment(common.take(images, index, device), generator,
                                    jitter=.5 if from_scratch else 0)
             f = common.forward(model, batch, args.bn_splits)                      # (B, D)
@@ -255,18 +256,18 @@ def main(argv=None):
             k, group = y[index], g[index]                                         # (B,), (B,)
             L_base = L_intra = L_cross = L_kd = 0
 
-            # 5b similarity to clusters: all cameras at once, label noise included
+            # 5b similarity to clusters: all cameras at once, with their label noise
             if args.base:
                 L_base = F.cross_entropy(f @ cluster_memory.T / args.temp, k)
 
-            # 5c-5e people are told apart within a camera, then cameras are aligned
+            # 5c-5e tell people apart within each camera, then align the cameras
             if args.refine != "none":
                 similarity = f @ group_memory.T                                   # (B, G)
                 if args.intra:
                     L_intra = intra_camera_loss(similarity, group, camera, GROUP_TEMP)
-                if across and args.cross:
+                if cross_started and args.cross:
                     L_cross = cross_camera_loss(similarity, group, parent, GROUP_TEMP)
-                if across and args.kd:
+                if cross_started and args.kd:
                     L_kd = distillation_loss(similarity, group, parent, camera, table, GROUP_TEMP)
 
             # 5f total loss, step
@@ -279,7 +280,7 @@ def main(argv=None):
             common.average_gradients(optimizer)
             optimizer.step()
 
-            # 5g memories follow the batch, so that they keep up with the network
+            # 5g momentum update of the memories, so that they keep up with the network
             common.update_memory(cluster_memory, f.detach(), k, args.momentum, K)
             if args.refine != "none":
                 common.update_memory(group_memory, f.detach(), group, GROUP_MOMENTUM, K)

@@ -1,20 +1,20 @@
-"""What the three methods share and no paper claims, in the order in which a batch meets it.
+"""What the three pages share and no paper claims, in the order in which it is used.
 
   1 data sets    Split, load, read_data           a folder -> files, people, cameras
   2 images       read_images, augment             files -> uint8 tensor -> augmented batch
   3 batches      pk_batches                       P clusters x K images
   4 network      GeM, Encoder                     images -> unit features
   5 features     extract_features, nearest        all images -> features -> neighbours
-  6 distance     jaccard_distance                 neighbours in common -> sparse distance
+  6 distance     jaccard_distance                 shared neighbours -> sparse distance
   7 clusters     dbscan                           distance -> pseudo labels
   8 memory       cluster_means, update_memory     what an image is compared with
   9 evaluation   test, evaluate                   mAP and CMC
 Appendices: A starting from random weights, B speed, C data on disk, D command line, E logs and
   checkpoints, F several GPUs. No paper needs them.
 
-Meant everywhere: N images of a split, B of a batch, C clusters, D width of a feature, H x W size of
-an image. Feature rows have unit length. Row i of every per-image array belongs to split.paths[i]. A
-label of -1 is an outlier. Distances lie in [0, 1]. Scores are fractions, printed in per cent. A
+Everywhere: N images in a split, B in a batch, C clusters, D values in a feature, H x W the image
+size. Feature rows have unit length. Row i of every per-image array belongs to split.paths[i]. The
+label -1 marks an outlier. Distances lie in [0, 1]. Scores are fractions, printed in per cent. A
 mistake in use or in the data raises Problem: one line that says what is wrong and what to do.
 """
 
@@ -67,37 +67,37 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-progress = functools.partial(tqdm, leave=False, disable=None)  # a bar on a terminal, else nothing
+progress = functools.partial(tqdm, leave=False, disable=None)  # a bar, only on a terminal
 
 
 class Problem(Exception):
-    """Something the user can mend. The message is one line: what is wrong, where, what to do."""
+    """An error that the user can fix. The message is one line: what is wrong, where, what to do."""
 
 
 # ===================================================================================== 1 data sets
 
 
 class Split(NamedTuple):
-    """N images: where they lie, who is on them, which camera took them."""
+    """N images: their files, the people in them, the cameras that took them."""
 
     paths: list       # N file names
-    pids: np.ndarray  # (N,) int64 person ids, -1: unknown; in training they only measure labels
+    pids: np.ndarray  # (N,) int64 person ids, -1: unknown; on a target they only score labels
     cams: np.ndarray  # (N,) int64 cameras, 0..V-1
 
 
 def load(name, root="data", at_least=1, draw=True):
-    """Read a data set -> train, query, gallery, a Split each, sorted by file name.
+    """Read a data set -> train, query, gallery: a Split each, sorted by file name.
 
-    name: a key of DATASETS, looked for below `root`, or a folder: one that holds one of TRIPLES or
-    its training part alone, or images of one's own (read_own); with :source or :target behind it, a
-    half of it (take_half). A file name starts with the person and the camera, 0002_c1...; person -1
-    is junk and dropped, person 0 a distractor, a wrong answer to every query. Cameras are
-    renumbered 0..V-1. draw: draw a toy set that is missing. Raises Problem for what cannot be read,
-    and for fewer than `at_least` training images.
+    name: a key of DATASETS, looked for below `root`, or a folder. A folder holds one of TRIPLES, or
+    its training part alone, or the user's own images (read_own). With :source or :target at its
+    end, half of the set is read (take_half). A file name starts with the person and the camera,
+    0002_c1...; person -1 is junk and dropped, person 0 a distractor, wrong for every query. Cameras
+    are renumbered 0..V-1. draw: draw a missing toy set. Raises Problem if files cannot be read or
+    there are fewer than `at_least` training images.
     """
     name, half = name.rsplit(":", 1) if name.endswith((":source", ":target")) else (name, None)
     folder, rows = from_rank_0(find_and_read, name, root, draw)
-    rows = [[row for row in split if row[1] != -1] for split in rows]             # without junk
+    rows = [[row for row in split if row[1] != -1] for split in rows]             # no junk
     if half:
         name, rows = f"{name}:{half}", take_half(rows, half)
     check_rows(name, folder, rows, at_least)
@@ -122,7 +122,7 @@ MEAN, STD = (.485, .456, .406), (.229, .224, .225)  # ImageNet's, per channel, o
 
 def read_images(split, height, width):
     """Decode and resize (bicubic) every file once -> (N, 3, H, W) uint8 in main memory, 1.27 GB for
-    Market-1501's training set at 256 x 128. Raises Problem naming an unreadable file."""
+    Market-1501's training set at 256 x 128. Raises Problem for a file that cannot be read."""
     images = torch.empty(len(split.paths), 3, height, width, dtype=torch.uint8)
 
     def read(i):
@@ -139,29 +139,29 @@ def read_images(split, height, width):
 
 
 def read_data(args, device):
-    """What --data, --root and --size say -> the training Split, its images, placed where a batch is
-    cut from them fastest, and the test set: query, gallery and the images of both."""
+    """Read the data set of --data, --root and --size -> the training Split, its images, on the GPU
+    if they fit, and the test set: query, gallery and the images of both."""
     train, query, gallery = load(args.data, args.root, args.batch_size)
     images, *test_images = (read_images(split, *args.size) for split in (train, query, gallery))
     return train, place(images, device), (query, gallery, *test_images)
 
 
 def normalise(images):
-    """(B, 3, H, W) uint8 -> float32 with ImageNet's mean and deviation."""
+    """(B, 3, H, W) uint8 -> float32, by ImageNet's mean and standard deviation."""
     mean, std = send(torch.tensor((MEAN, STD)), images.device)[:, :, None, None]  # (3, 1, 1) each
     return (images.float() / 255 - mean) / std
 
 
 def augment(images, generator, pad=None, erase=.5, jitter=0.):
-    """(B, 3, H, W) uint8 -> float32, normalised; every image draws its own changes.
+    """(B, 3, H, W) uint8 -> normalised float32; each image is changed at random, in this order.
 
-    In this order: flip with probability 1/2; `pad` black pixels around (10 at height 256, else in
-    proportion) and a random crop; with `jitter` > 0 random colours; with probability `erase` a grey
-    rectangle. The draws come from the CPU `generator`, so they are the same on every device.
+    Flip with probability 1/2; pad with `pad` black pixels (10 at height 256, in proportion for
+    others) and crop at random; with `jitter` > 0, change the colours; with probability `erase`,
+    erase a rectangle. Random numbers come from the CPU `generator`: the same on every device.
     """
     b, _, h, w = images.shape
     pad = h // 24 if pad is None else pad
-    u = send(torch.rand(b, 31, generator=generator), images.device)  # all that chance decides
+    u = send(torch.rand(b, 31, generator=generator), images.device)  # all random numbers
     out = flip_and_crop(images, pad, u[:, 0], u[:, 1], u[:, 2])
     if jitter:
         out = jitter_colours(out, jitter * (u[:, 6:11] - .5))
@@ -169,12 +169,12 @@ def augment(images, generator, pad=None, erase=.5, jitter=0.):
     out.sub_(mean).div_(std)
     erased = rectangles(h, w, u[:, 4], u[:, 5], u[:, 11:21], u[:, 21:31])         # (B, H, W)
     erased &= (u[:, 3] < erase)[:, None, None]
-    return out.masked_fill_(erased[:, None], 0)  # 0 is the mean colour now
+    return out.masked_fill_(erased[:, None], 0)  # 0 is the mean colour
 
 
 def flip_and_crop(images, pad, flip, dy, dx):
-    """(B, 3, H, W) uint8 -> float32 in [0, 1]; mirrored where flip < 1/2 and moved by up to `pad`
-    pixels, black comes in. flip, dy, dx (B,) in [0, 1)."""
+    """(B, 3, H, W) uint8 -> float32 in [0, 1]; mirrored where flip < 1/2 and shifted by up to `pad`
+    pixels, with black at the borders. flip, dy, dx (B,) in [0, 1)."""
     b, _, h, w = images.shape
     y, x = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
     mirrored = torch.where(flip[:, None] < .5, x, w - 1 - x)                      # (B, W)
@@ -187,8 +187,8 @@ def flip_and_crop(images, pad, flip, dy, dx):
 
 
 def jitter_colours(images, draws):
-    """Random gain of each channel, contrast and saturation. images (B, 3, H, W) in [0, 1]; draws
-    (B, 5): logarithms of the factors, 0 changes nothing."""
+    """Change each channel's gain, the contrast and the saturation. images (B, 3, H, W) in [0, 1];
+    draws (B, 5): logarithms of the factors; 0 changes nothing."""
     factors = torch.exp(draws[:, :, None, None])
     gain, contrast, saturation = factors.split([3, 1, 1], 1)          # (B, 3, 1, 1), (B, 1, 1, 1)
     images.mul_(gain)
@@ -198,10 +198,10 @@ def jitter_colours(images, draws):
 
 
 def rectangles(h, w, top, left, share, stretch):
-    """Random erasing (Zhong et al., AAAI 2020) -> (B, H, W) bool, a rectangle of every image.
+    """Random erasing (Zhong et al., AAAI 2020) -> (B, H, W) bool, a rectangle in every image.
 
-    It covers 2 to 40 % of the image at an aspect of 0.3 to 3.33. top, left (B,) and share, stretch
-    (B, 10), ten tries, are uniform in [0, 1); without a try that fits, nothing is erased.
+    It covers 2 to 40 % of the image at an aspect ratio of 0.3 to 3.33. top, left (B,) and share,
+    stretch (B, 10), for ten tries, are uniform in [0, 1); if no try fits, nothing is erased.
     """
     area = h * w * (.02 + .38 * share)
     aspect = .3 + (1 / .3 - .3) * stretch
@@ -221,10 +221,10 @@ def rectangles(h, w, top, left, share, stretch):
 
 
 def pk_batches(labels, cams, p, k, iters, generator):
-    """Yield `iters` index tensors (p * k,): p labels, k images of each, label after label.
+    """Yield `iters` index tensors (p * k,): p labels with k images each, one label after the other.
 
-    labels: (N,) int64; images with label -1 are never drawn. Labels pass in random order: all are
-    used once before any repeats, and up to p - 1 left over are skipped. The first of the k images
+    labels: (N,) int64; images with label -1 are never drawn. Labels are drawn in random order, each
+    once before any repeats; the last ones, if fewer than p, are skipped. The first of the k images
     is uniform; the others come from other cameras than the first if there are any (cams=None: from
     any camera), and without repeats if there are enough. Raises Problem for fewer than p labels.
     """
@@ -271,10 +271,10 @@ class Encoder(nn.Module):
     """Images (B, 3, H, W) float32 -> unit features (B, D); with parts > 0 (1 + parts, B, D).
 
     A torchvision ResNet with last stride 1, so that its last map is (H / 16, W / 16);
-    "resnet18-layer3" ends before the last stage, "small" is a slim ResNet for the toy set. Behind
-    it pooling ("gem" or "avg") and a neck, batch norm without shift (Luo et al., CVPRW 2019). With
-    `parts`, the map is also cut into that many stripes from top to bottom, each with a pooling and
-    a neck of its own; the first feature is that of the whole map.
+    "resnet18-layer3" ends before the last stage, "small" is a slim ResNet for the toy set. Then
+    pooling ("gem" or "avg") and a neck: batch norm without bias (Luo et al., CVPRW 2019). With
+    `parts`, the map is also cut into that many stripes, top to bottom, each with its own pooling
+    and neck; the first feature is that of the whole map.
     weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a file in torchvision's format.
     """
 
@@ -296,14 +296,13 @@ class Encoder(nn.Module):
             self.to(memory_format=torch.channels_last)
 
     def on(self, device, args):
-        """-> self on the device, with what --bf16, --fp32 and --recompute say (appendix B)."""
+        """-> self on the device, set as --bf16, --fp32 and --recompute say (appendix B)."""
         self.bf16 = args.bf16 or (device.type == "cuda" and not args.fp32)
         self.recompute = args.recompute
         return self.to(device)
 
     def forward(self, images, inside=False):
-        """inside=True: instead of the features a pair, what pooling gives and what the neck makes
-        of it, both before they are brought to unit length."""
+        """inside=True: return the outputs of pooling and of the neck instead of unit features."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             last = recomputed(self.backbone, images) if self.recompute else self.backbone(images)
         last = last.float()                                                       # (B, D, h, w)
@@ -319,7 +318,7 @@ class Encoder(nn.Module):
 
 
 def resnet_backbone(arch, weights):
-    """-> a torchvision ResNet up to its last map, the last stride 1 instead of 2."""
+    """-> a torchvision ResNet up to its last map, with the last stride 1 instead of 2."""
     net = getattr(torchvision.models, arch.removesuffix("-layer3"))()
     if weights != "none":
         load_weights(net, arch, weights)
@@ -340,7 +339,7 @@ def resnet_backbone(arch, weights):
 @torch.no_grad()
 def extract_features(model, images, batch_size=256):
     """(N, 3, H, W) uint8 -> (N, D) float32 on the model's device; with parts (1 + parts, N, D). In
-    eval mode, which is left again; images need not fit on the device."""
+    eval mode, for this call only; images need not fit on the device."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
     batches = progress(own(images).split(batch_size), "extracting features")
@@ -350,10 +349,10 @@ def extract_features(model, images, batch_size=256):
 
 
 def nearest(features, k, block=512):
-    """-> (N, min(k, N)) int64 array: the most similar images of each image, itself first. Exact;
-    equal similarities are ranked by index. A block of rows at a time."""
+    """-> (N, min(k, N)) int64: the k most similar images to each image, itself first. Exact; equal
+    similarities are ranked by index. Works on `block` rows at a time."""
     k = min(k, len(features))
-    search = bfloat16_search if bfloat16_pays(features, k) else exact_search  # the same, appendix B
+    search = bfloat16_search if bfloat16_pays(features, k) else exact_search  # appendix B
     search = search(features)
     blocks = own(torch.arange(len(features), device=features.device)).split(block)
     ranks = [search(rows, k).cpu() for rows in progress(blocks, "nearest neighbours")]
@@ -361,12 +360,12 @@ def nearest(features, k, block=512):
 
 
 def exact_search(features):
-    """-> a function: the k nearest, k <= N, of the images `rows` (b,) -> (b, k)."""
+    """-> a function (rows, k) -> (b, k): the k <= N nearest of each of the images `rows` (b,)."""
     def search(rows, k):
         similar = features[rows] @ features.T                                     # (b, N)
         similar[torch.arange(len(rows)), rows] = math.inf
         value, index = similar.topk(min(k + 1, len(features)))
-        if k < len(features):  # where the k-th and the next are equal, the index decides
+        if k < len(features):  # if the k-th and the next are equal, the index decides
             tied = value[:, k - 1] == value[:, k]
             index[tied] = similar[tied].sort(descending=True, stable=True).indices[:, :k + 1]
         index = index[:, :k].sort().values
@@ -381,10 +380,10 @@ def exact_search(features):
 def jaccard_distance(features, k1=30, k2=6, max_distance=1.):
     """k-reciprocal Jaccard distance (Zhong et al., CVPR 2017): (N, D) -> sparse CSR (N, N) float32.
 
-    Two images are close if they have neighbours in common. Exact, in [0, 1]; pairs without a common
-    neighbour are at distance 1 and not stored, nor are pairs farther apart than max_distance. The
-    diagonal and other zeros are stored. k1 counts the image itself (30 columns), as in
-    ClusterContrast. Raises Problem for features that are not finite.
+    Two images are close if they share neighbours. Exact, in [0, 1]. Pairs that share none are at
+    distance 1 and not stored, and neither are pairs farther apart than max_distance. The diagonal
+    and other zeros are stored. k1 counts the image itself (30 columns), as in ClusterContrast.
+    Raises Problem for features that are not finite.
     """
     check_finite(features)
     rank = nearest(features, k1)
@@ -392,7 +391,7 @@ def jaccard_distance(features, k1=30, k2=6, max_distance=1.):
     rows = []
     for shared in progress(overlaps(vectors, vectors), "Jaccard distance", len(rank) // 256 + 1):
         shared.data = (1 - shared.data / (2 - shared.data)).clip(0)               # J(i, j)
-        keep = shared.data <= max_distance + 1e-4  # dbscan's eps is a little wider too
+        keep = shared.data <= max_distance + 1e-4  # dbscan() widens eps a little
         ends = np.concatenate([[0], keep.cumsum()])[shared.indptr]
         rows.append(csr_array((shared.data[keep], shared.indices[keep], ends), shared.shape))
     distance = vstack(rows, format="csr")
@@ -403,10 +402,10 @@ def jaccard_distance(features, k1=30, k2=6, max_distance=1.):
 def reciprocal_vectors(features, rank, k1, k2, weigh):
     """The vectors V of k-reciprocal encoding (Zhong et al., CVPR 2017) as a sparse (N, N) matrix.
 
-    rank: nearest(). R(i, k) holds the images that are among the first k of i and have i among
-    theirs. R(i, k1) grows by R(c, k1/2) of each member c of which more than 2/3 lies in it already.
-    V_i spreads a weight of 1 over that set, by weigh(cosine, V) per stored entry; then V_i becomes
-    the mean of V over the first k2 in the ranking of i. R(i, k) counts the image and k others.
+    rank: from nearest(). R(i, k), the k-reciprocal neighbours: i, and those among the first k
+    others in its ranking that have i among theirs. R(i, k1) is extended by R(c, k1/2) of each
+    member c if more than 2/3 of that lies in R(i, k1). V_i spreads a weight of 1 over this set, by
+    weigh(cosine, V) per stored entry; then V_i becomes the mean of V over i's first k2.
     """
     def mutual(k):
         graph = first_columns(rank, k)
@@ -428,12 +427,12 @@ def reciprocal_vectors(features, rank, k1, k2, weigh):
 
 
 def overlaps(vectors, others, block=256):
-    """Yield, a block of rows at a time, the sparse sums over l of min(vectors[i, l], others[j, l]).
-    Only pairs with a common l are ever touched, which keeps the distance sparse and exact."""
+    """Yield sparse sums over l of min(vectors[i, l], others[j, l]), for `block` rows i at a time.
+    Only pairs (i, j) with a common l are computed, which keeps the distance sparse and exact."""
     columns = others.T.tocsr()
     for start in range(0, vectors.shape[0], block):
         rows = vectors[start:start + block]
-        pairs = columns[rows.indices]           # a row for every entry (i, l): all others (l, j)
+        pairs = columns[rows.indices]           # for every entry (i, l) a row: all entries (j, l)
         pairs.data = np.minimum(pairs.data, per_entry(rows.data, pairs))
         gather = csr_array((np.ones_like(rows.data), np.arange(rows.nnz), rows.indptr),
                            (rows.shape[0], rows.nnz))
@@ -441,7 +440,7 @@ def overlaps(vectors, others, block=256):
 
 
 def first_columns(rank, k):
-    """(N, K) ranking -> sparse 0/1 matrix (N, N) of the first k columns."""
+    """(N, K) ranking -> sparse (N, N): 1 where j is among the first k of i."""
     first = rank[:, :k]
     indptr = np.arange(0, first.size + 1, first.shape[1])
     return csr_array((np.ones(first.size, np.float32), first.ravel(), indptr), (len(rank),) * 2)
@@ -451,7 +450,7 @@ def cosines(features, matrix):
     """-> the cosine of images i and j for each stored entry (i, j) of the CSR matrix, float32."""
     row = per_entry(np.arange(matrix.shape[0]), matrix)
     cosine = np.empty(matrix.nnz, np.float32)
-    pieces = matrix.nnz * features.shape[1] // 2**20 + 1  # of 2^20 numbers: they stay in cache
+    pieces = matrix.nnz * features.shape[1] // 2**20 + 1  # of 2^20 numbers, which fit the cache
     for part in np.array_split(np.arange(matrix.nnz), pieces):
         i, j = (torch.from_numpy(ends[part]).to(features.device).long()
                 for ends in (row, matrix.indices))
@@ -460,7 +459,7 @@ def cosines(features, matrix):
 
 
 def per_entry(values, matrix):
-    """One value a row -> one value a stored entry of the CSR matrix."""
+    """Repeat each row's value for all stored entries of that row of the CSR matrix."""
     return np.repeat(values, np.diff(matrix.indptr))
 
 
@@ -470,11 +469,11 @@ def per_entry(values, matrix):
 def dbscan(distance, eps, min_samples=4, at_least=2, instead=None, flag="--eps"):
     """DBSCAN (Ester et al., KDD 1996) on a sparse distance -> (N,) int64 labels, -1 = outlier.
 
-    Pairs that are not stored are never neighbours; an image counts itself. 1e-5 is added to eps:
-    two images that share s of their k2 neighbours and nothing else are at exactly 1 - s / (2 k2 -
-    s), and rounding must not decide on which side of eps they fall. Fewer than `at_least` clusters
-    are a collapse: the labels `instead` and a warning, or a Problem if there are none; `flag` is
-    the one that changes eps.
+    Pairs that are not stored are never neighbours; an image counts as its own neighbour. 1e-5 is
+    added to eps: two images that share only s of their k2 neighbours have distance 1 - s / (2 k2 -
+    s), and rounding must not decide on which side of eps that lies. If there are fewer than
+    `at_least` clusters, returns the labels `instead` with a warning or, if there are none, raises
+    Problem, which advises to change `flag`.
     """
     graph = sort_graph_by_row_values(distance, copy=True, warn_when_not_sorted=False)
     method = DBSCAN(eps=eps + 1e-5, min_samples=min_samples, metric="precomputed")
@@ -487,8 +486,8 @@ def dbscan(distance, eps, min_samples=4, at_least=2, instead=None, flag="--eps")
     if instead is not None:
         say(f"warning: {what}: training on the labels of the epoch before", sys.stderr)
         return instead
-    way = "raise" if 2 * outliers > len(labels) else "lower"
-    raise Problem(f"{what}: {way} {flag}, lower --batch-size, start from better features "
+    advice = "raise" if 2 * outliers > len(labels) else "lower"
+    raise Problem(f"{what}: {advice} {flag}, lower --batch-size, start from better features "
                   "(--weights imagenet), or bring --k1 near the images per person; after the first "
                   "epoch, --on-collapse skip keeps the labels of the epoch before")
 
@@ -503,7 +502,7 @@ def renumber(labels):
 
 
 def cluster_means(features, labels):
-    """(..., N, D) features, (N,) labels 0..C-1 -> (..., C, D) unit means; -1 takes no part."""
+    """(..., N, D) features, (N,) labels 0..C-1 -> (..., C, D) unit means; -1 is left out."""
     labels = torch.from_numpy(labels).to(features.device)
     inside = labels >= 0
     sums = features.new_zeros(*features.shape[:-2], int(labels.max()) + 1, features.shape[-1])
@@ -514,8 +513,8 @@ def cluster_means(features, labels):
 def update_memory(memory, features, labels, momentum, k):
     """In place, image by image in the order of the batch: m_y <- unit(mu m_y + (1 - mu) f).
 
-    memory (C, D), features (B, D), labels (B,) of a batch as pk_batches makes it, or of parts of
-    its clusters: the r-th images of all clusters have different labels, so they take one step.
+    memory (C, D), features (B, D); labels (B,): clusters of a batch of pk_batches(), or groups in
+    them. The r-th images of all clusters differ in their labels, so they are updated in one step.
     """
     for r in range(k):
         y = labels[r::k]
@@ -523,18 +522,17 @@ def update_memory(memory, features, labels, momentum, k):
 
 
 def label_quality(labels, pids):
-    """How well pseudo labels (N,) match the true ids (N,): diagnosis only, nothing trains on it. ->
-    dict: clusters; outliers; ARI and NMI, every outlier a cluster of its own; purity, the share of
-    clustered images whose id is the most frequent one of their cluster. Where no id is known, only
-    the first two."""
+    """How well pseudo labels (N,) match the true ids (N,); only reported, never used in training ->
+    dict: clusters; outliers; ARI and NMI, each outlier as its own cluster; purity, the share of
+    clustered images with the most frequent id of their cluster. Without ids, only the first two."""
     inside = labels >= 0
     if (pids < 0).all():
         return dict(clusters=int(labels.max()) + 1, outliers=int((~inside).sum()))
-    alone = np.where(inside, labels, labels.max() + 1 + np.arange(len(labels)))
+    filled = np.where(inside, labels, labels.max() + 1 + np.arange(len(labels)))
     table = metrics.cluster.contingency_matrix(labels[inside], pids[inside], sparse=True)
     return dict(clusters=table.shape[0], outliers=int((~inside).sum()),
-                ARI=float(metrics.adjusted_rand_score(pids, alone)),
-                NMI=float(metrics.normalized_mutual_info_score(pids, alone)),
+                ARI=float(metrics.adjusted_rand_score(pids, filled)),
+                NMI=float(metrics.normalized_mutual_info_score(pids, filled)),
                 purity=float(table.max(1).sum() / inside.sum()))
 
 
@@ -542,8 +540,7 @@ def label_quality(labels, pids):
 
 
 def test(model, test_set):
-    """-> evaluate() of a network on the test set of read_data(), by its global feature; {} if there
-    is no test set."""
+    """-> the scores of a network's global feature on read_data()'s test set; {} if empty."""
     query, gallery, *images = test_set
     if not query.paths:
         return {}
@@ -556,9 +553,9 @@ def test(model, test_set):
 def evaluate(query_features, gallery_features, query, gallery, topk=(1, 5, 10), block=256):
     """Rank the gallery for every query -> dict mAP, rank1, rank5, rank10 (fractions), queries.
 
-    Market-1501's rule: gallery images of the query's person and camera are ignored; queries without
-    another right answer do not count. Features (Q, D) and (G, D). Raises Problem for features that
-    are not finite.
+    Market-1501's rule: for each query, gallery images with both its person and its camera are
+    ignored; queries without a right answer in another camera do not count. Features (Q, D) and
+    (G, D). Raises Problem for features that are not finite.
     """
     check_finite(query_features)
     check_finite(gallery_features)
@@ -567,21 +564,21 @@ def evaluate(query_features, gallery_features, query, gallery, topk=(1, 5, 10), 
 
 
 def score_ranking(similarities, query, gallery, topk=(1, 5, 10), block=256):
-    """evaluate() for similarities (block, G) that come a block of queries at a time."""
+    """evaluate() for similarities (block, G) that are given for a block of queries at a time."""
     precision, first = [], []
     for start, similar in zip(range(0, len(query.pids), block), similarities):
         same_id = query.pids[start:start + block, None] == gallery.pids
         same_cam = query.cams[start:start + block, None] == gallery.cams
         right = torch.from_numpy(same_id & ~same_cam)                             # (block, G)
         similar = similar.cpu()
-        similar.masked_fill_(torch.from_numpy(same_id & same_cam), -math.inf)     # ignored: last
+        similar.masked_fill_(torch.from_numpy(same_id & same_cam), -math.inf)     # ignored
         valid = right.any(1)
         if valid.any():
             AP, wrong = average_precision(similar[valid], right[valid])
             precision.append(AP)
             first.append(wrong)
     if not precision:
-        raise Problem("no query has a right answer in another camera (check the names of files)")
+        raise Problem("no query has a right answer in another camera (check the file names)")
     precision, first = torch.cat(precision), torch.cat(first)
     cmc = {f"rank{k}": (first < k).double().mean().item() for k in topk}
     return dict(mAP=precision.mean().item(), **cmc, queries=len(precision))
@@ -590,11 +587,10 @@ def score_ranking(similarities, query, gallery, topk=(1, 5, 10), block=256):
 def average_precision(similar, right):
     """-> AP of each query, (b,) float64, and how many wrong answers precede its first right one.
 
-    similar, right (b, G) on the CPU, at least one right answer a query. AP is the mean over the
-    right answers of the precision at their rank, not interpolated: hits at ranks 1, 2, 4, 7 give
+    similar, right (b, G) on the CPU, with at least one right answer per query. AP is the mean of
+    the precision at the ranks of the right answers, not interpolated: hits at ranks 1, 2, 4, 7 give
     0.8304 (the Matlab script's trapezoid: 0.8110). The n-th best right answer has rank n plus the
-    number of wrong ones at least as similar, so sorted values suffice and no ranking is needed; of
-    equal similarities, the wrong one counts as ahead.
+    number of wrong ones at least as similar (ties count as ahead), so sorted values are enough.
     """
     total = right.sum(1)
     nth = torch.arange(1, int(total.max()) + 1)
@@ -615,7 +611,7 @@ def average_precision(similar, right):
 
 
 # ================================================================ A starting from random weights
-# No step of any paper. It stands in for ImageNet weights, which the toy set must not download.
+# In none of the papers. It replaces ImageNet weights, which the toy set must not download.
 
 
 class InstanceBatchNorm(nn.Module):
@@ -705,13 +701,13 @@ def centre_cameras(features, cams):
 
 
 def place(images, device):
-    """-> the images on a GPU that has room for four times as many, else where they are."""
+    """-> the images, moved to a GPU if it has room for four times as many."""
     fits = device.type == "cuda" and 4 * images.nbytes < torch.cuda.mem_get_info(device)[0]
     return images.to(device) if fits else images
 
 
 def send(tensor, device):
-    """-> the tensor on the device; a copy to CUDA is queued, and the program does not wait."""
+    """-> the tensor on the device; does not wait for a copy to CUDA."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
@@ -721,8 +717,8 @@ def take(images, index, device):
 
 
 def recomputed(backbone, images):
-    """backbone(images) whose activations are not kept but computed again when the gradient needs
-    them (Chen et al., arXiv 1604.06174): same numbers, less memory, a third slower."""
+    """backbone(images), whose activations are not kept but recomputed when the gradient needs them
+    (Chen et al., arXiv 1604.06174): same numbers, less memory, a third slower."""
     if not (backbone.training and torch.is_grad_enabled()):
         return backbone(images)
     return checkpoint(backbone, images, use_reentrant=False, preserve_rng_state=False,
@@ -731,7 +727,7 @@ def recomputed(backbone, images):
 
 @contextlib.contextmanager
 def statistics_once(model):
-    """Inside, batch norms do not move their running statistics a second time."""
+    """Within this context, batch norms do not update their running statistics a second time."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -744,7 +740,7 @@ def statistics_once(model):
 
 
 def bfloat16_pays(features, k):
-    """Are the features on a CPU with instructions for bfloat16 (asked of Linux), and k small?"""
+    """Are the features on a CPU that has bfloat16 instructions (as Linux says), and is k small?"""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             able = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", file.read()) is not None
@@ -755,8 +751,8 @@ def bfloat16_pays(features, k):
 
 def bfloat16_search(features):
     """exact_search(), three times faster: products of rounded features only choose 2 k candidates,
-    which are then compared in float32. Rounding has a bound: a row where an image that was left out
-    could be among the k best is searched again."""
+    which are then compared in float32. The rounding error is bounded: if an image that was left out
+    could be among the k best of a row, that row is searched again."""
     rough, again = features.bfloat16(), exact_search(features)
     # |a.b - a'.b'| <= |a - a'| |b| + |a'| |b - b'| (Cauchy-Schwarz), plus the sum of D products
     error = torch.cat([(part - rounded).norm(dim=1) for part, rounded in
@@ -768,8 +764,8 @@ def bfloat16_search(features):
         value, index = (rough[rows] @ rough.T).topk(2 * k)                        # (b, 2 k)
         left_out = value[:, -1].float() + 2 ** -8 * value[:, -1].float().abs() + bound[rows]
         index, buffer = index.sort().values, features.new_empty(2 * k, features.shape[1])
-        similar = torch.stack([torch.index_select(features, 0, some, out=buffer) @ features[row]
-                               for row, some in zip(rows, index)])                # (b, 2 k)
+        similar = torch.stack([torch.index_select(features, 0, near, out=buffer) @ features[row]
+                               for row, near in zip(rows, index)])                # (b, 2 k)
         similar[index == rows[:, None]] = math.inf
         value, order = similar.sort(descending=True, stable=True)
         index, unsure = index.gather(1, order)[:, :k], value[:, k - 1] <= left_out
@@ -781,7 +777,7 @@ def bfloat16_search(features):
 
 # ================================================================================== C data on disk
 
-DATASETS = {  # names of the official folder; published numbers of images of KINDS, without junk
+DATASETS = {  # official folder names; published numbers of images in KINDS, without junk
     "market1501": (["Market-1501-v15.09.15"], (12936, 3368, 15913)),
     "msmt17": (["MSMT17_V1", "MSMT17_V2", "MSMT17_V2/MSMT17_V2"], (32621, 11659, 82161)),
     "cuhk03": (["cuhk03-np/detected", "cuhk03-np/labeled"], (None, 1400, None)),
@@ -793,7 +789,7 @@ KINDS = ("train", "query", "gallery")
 TRIPLES = (("bounding_box_train", "query", "bounding_box_test"),
            ("image_train", "image_query", "image_test"))
 SUFFIXES, FORMATS = (".jpg", ".jpeg", ".png", ".bmp"), ("JPEG", "PNG", "BMP")
-MAX_PIXELS = 2 ** 25  # a pedestrian crop has about 2 ** 13; far more is a broken or hostile file
+MAX_PIXELS = 2 ** 25  # a pedestrian crop has about 2 ** 13; far more means a broken or hostile file
 
 
 def find_and_read(name, root, draw):
@@ -826,14 +822,14 @@ def find_and_read(name, root, draw):
 
 
 def draw_toy(folder, domain):
-    """Have tests/toy.py draw a toy set."""
+    """Draw a toy set with tests/toy.py."""
     program = os.path.join(HERE, "tests", "toy.py")
     if subprocess.run([sys.executable, program, folder, "--domain", domain]).returncode:
         raise Problem(f"the toy set could not be drawn into {folder} (see above, or say --root)")
 
 
 def list_folder(folder):
-    """-> the names in a folder, sorted, without those that systems leave behind."""
+    """-> the names in a folder, sorted, without hidden and system files."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -859,9 +855,9 @@ def read_folder(home, part):
 
 
 def read_own(home):
-    """Images of one's own -> list of (path, person or None, camera). They lie in one folder, in one
-    for each camera (c1, cam2, camera-3) or in one for each person; otherwise the file's name says
-    person (0002_c1...) and camera (..._c1...). What one name does not say, none says."""
+    """The user's own images -> list of (path, person or None, camera). They lie in one folder, in
+    one per camera (c1, cam2, camera-3) or in one per person; file names may give person
+    (0002_c1...) and camera (..._c1...). Either counts only if it is known for all images."""
     names, rows = list_folder(home), []
     parts = [""] if any(name.lower().endswith(SUFFIXES) for name in names) else names
     cameras = [re.fullmatch(r"(?i)(?:c|cam|camera)[ _-]?(\d{1,9})", part) for part in parts]
@@ -890,7 +886,7 @@ def read_own(home):
 
 def read_msmt_lists(folder):
     """MSMT17's own layout: four list files; the camera is the third field of a file's name. Its
-    person 0 is a person like any other. Validation images train too, as is usual."""
+    person 0 is an ordinary person. Validation images are used in training too, as is usual."""
     def read(listing, *parts):
         part = next((p for p in parts if os.path.isdir(os.path.join(folder, p))), None)
         if part is None:
@@ -900,7 +896,7 @@ def read_msmt_lists(folder):
             match = re.fullmatch(r"(\w+/[^_/]+_[^_/]+_(\d{1,9})_[^/\0]*) +(\d{1,9})\s*", line)
             if not match:
                 raise Problem(f"{listing}: {line[:80]!r} does not read like "
-                              "0000/0000_045_12_0303morning_0006_2.jpg 0 (mend the list)")
+                              "0000/0000_045_12_0303morning_0006_2.jpg 0 (correct the list)")
             rows.append((os.path.join(folder, part, match[1]), int(match[3]), int(match[2])))
         check_files([folder, os.path.join(folder, part)], rows)
         return rows
@@ -910,7 +906,7 @@ def read_msmt_lists(folder):
 
 
 def read_text(path):
-    """-> what is in a text file. Raises Problem if that cannot be read."""
+    """-> the content of a text file. Raises Problem if it cannot be read."""
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             return file.read()
@@ -919,8 +915,8 @@ def read_text(path):
 
 
 def check_files(folders, rows):
-    """Raises Problem for what is no plain file: a pipe, a folder, a link to a file outside the data
-    set (it could show any file of this machine). Its folders themselves may be links."""
+    """Raises Problem for a path that is no regular file of the data set: a pipe, a folder, a link
+    to a file outside (it could expose any file of this machine). The folders may be links."""
     homes = [os.path.join(os.path.realpath(folder), "") for folder in folders]
     for path, _, _ in rows:
         real = os.path.realpath(path)
@@ -932,9 +928,9 @@ def check_files(folders, rows):
 
 
 def take_half(rows, half):
-    """One half of a data set, to try domain adaptation with a single one. "source": of the training
-    people, shuffled with seed 0, the first half, in the first half of the cameras; "target": the
-    others in the other cameras. Test images: all people, in the cameras of the half."""
+    """-> half of a data set, to try domain adaptation with a single set. "source": the first half
+    of the training people (shuffled with seed 0) in the first half of the cameras; "target": the
+    other people in the other cameras. Test images: all people in the cameras of the half."""
     cameras = sorted({camera for split in rows for _, _, camera in split})
     people = np.random.default_rng(0).permutation(sorted({person for _, person, _ in rows[0]}))
     n, v = len(people) // 2, len(cameras) // 2
@@ -945,7 +941,7 @@ def take_half(rows, half):
 
 
 def check_rows(name, folder, rows, at_least):
-    """Warn of counts that were not published; Problem for splits of no use."""
+    """Warn if counts differ from the published ones; raise Problem for unusable splits."""
     _, counts = DATASETS.get(name, ([], ()))
     for kind, split, count in zip(KINDS, rows, counts or (None,) * 3):
         if not split and (kind == "train" or any(rows[1:])):
@@ -963,9 +959,9 @@ def check_rows(name, folder, rows, at_least):
 
 
 def open_image(path):
-    """-> a decoded RGB picture. Raises Problem for a file that is none, or absurdly large."""
+    """-> a decoded RGB image. Raises Problem for a file that is no image or far too large."""
     try:
-        with Image.open(path, formats=FORMATS) as picture:  # others start other programs
+        with Image.open(path, formats=FORMATS) as picture:  # others may start programs
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels is no pedestrian crop")
             return picture.convert("RGB")
@@ -991,8 +987,8 @@ def load_weights(net, arch, weights):
 
 
 def fill(module, state, what, unused=()):
-    """Load a state dict; Problem, starting with `what`, if it does not fit but for names that start
-    with one of `unused`."""
+    """Load a state dict. Raises Problem, starting with `what`, if it does not fit; names that start
+    with one of `unused` are ignored."""
     try:
         missing, extra = module.load_state_dict(state, strict=False)
     except (RuntimeError, AttributeError, TypeError) as error:
@@ -1008,21 +1004,21 @@ def fill(module, state, what, unused=()):
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 NO_NUMBER = {"out", "first_stage", "code", "root", "device", "eval_every", "resume", "on_collapse",
-             "recompute"}  # flags and notes that change no number of a run
+             "recompute"}  # flags and notes that do not change the results
 ON_A_CPU = ("--arch resnet18-layer3 --size 128 64 --epochs 30 --iters 100 --batch-size 64 "
             "--num-instances 4 --bn-splits 1 --lr-drop 0 --bf16")
 SCHEDULE = dict(
-    epochs=(int, 1, "how often to cluster"), iters=(int, 1, "batches per epoch"),
-    batch_size=(int, 2, "B = P x K images"), num_instances=(int, 1, "K, images of a cluster"),
+    epochs=(int, 1, "epochs, each with a new clustering"), iters=(int, 1, "batches per epoch"),
+    batch_size=(int, 2, "B = P x K images"), num_instances=(int, 1, "K, images per cluster"),
     lr=(float, 0, "learning rate of Adam; lower it when training diverges"),
-    lr_drop=(int, 0, "epochs after which lr falls to a tenth, again and again; 0: a cosine to 0"),
-    bn_splits=(int, 1, "chunks of a batch that batch norm sees apart, as on that many GPUs"),
+    lr_drop=(int, 0, "divide lr by 10 every so many epochs; 0: cosine decay to 0"),
+    bn_splits=(int, 1, "chunks of a batch, normalised separately as on that many GPUs"),
     eval_every=(int, 1, "epochs between evaluations"))
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line like all others. Of a page's docstring, --help shows the
-    first two paragraphs and the commands."""
+    """argparse whose errors are one line, like all others. --help shows the first two paragraphs of
+    a page's docstring and its commands."""
 
     def __init__(self, doc, **options):
         text, _, commands = doc.partition("\nRun\n")
@@ -1050,7 +1046,7 @@ def number(kind, low, high=10**9):
 
 
 def add_schedule_flags(parser, published):
-    """How long and how fast a page trains. published: dict of the values for real data."""
+    """Add the flags of the training schedule. published: dict of the values for real data."""
     add = parser.add_argument_group("schedule (default / published)").add_argument
     for name, (kind, low, text) in SCHEDULE.items():
         add(f"--{name.replace('_', '-')}", type=number(kind, low),
@@ -1058,14 +1054,14 @@ def add_schedule_flags(parser, published):
 
 
 def add_run_flags(parser, warm_up=True):
-    """The flags of every page about data, network and machine."""
+    """Add the flags about data, network and machine, which all pages have."""
     add = parser.add_argument_group("run").add_argument
-    add("--data", default="toy", help=f"a folder or {', '.join(DATASETS)}; it sets the other "
-        "defaults; NAME:source, NAME:target: its halves (%(default)s)")
+    add("--data", default="toy", help=f"a folder or {', '.join(DATASETS)}; it sets the "
+        "defaults of other flags; NAME:source, NAME:target: half of it (%(default)s)")
     add("--root", default="data", help="where data sets are (%(default)s)")
     add("--out", help="folder of the run (runs/, named after the flags that are not defaults)")
-    add("--resume", action="store_true", help="go on after the last finished epoch in OUT, if "
-        "there is one; --epochs may grow")
+    add("--resume", action="store_true", help="continue after the last finished epoch in OUT, "
+        "if there is one; --epochs may grow")
     add("--on-collapse", choices=("stop", "skip"), default="stop", help="with too few clusters: "
         "stop, or keep the labels of the epoch before (%(default)s)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed (%(default)s)")
@@ -1075,21 +1071,21 @@ def add_run_flags(parser, warm_up=True):
     if warm_up:
         add("--warm-up", type=number(int, 0), default=4, help="epochs without labels before the "
             "first clustering, with --weights none only (%(default)s)")
-    add("--size", type=number(int, 32, 2048), nargs=2, metavar=("H", "W"), help="of an image (toy "
+    add("--size", type=number(int, 32, 2048), nargs=2, metavar=("H", "W"), help="image size (toy "
         "set 96 48, published 256 128)")
     add("--fp32", action="store_true", help="no bfloat16 on CUDA, where it is the default")
     add("--bf16", action="store_true", help="bfloat16 elsewhere; faster if the CPU has it")
-    add("--recompute", action="store_true", help="less memory for a third more time")
+    add("--recompute", action="store_true", help="less memory, a third more time")
     add("--centre", action="store_true", help="subtract each camera's mean feature before "
-        "clustering, which is no step of the papers (always with --weights none)")
-    add("--true-ids", action="store_true", help="no clustering but the true ids: an upper bound")
+        "clustering, which no paper does (always on with --weights none)")
+    add("--true-ids", action="store_true", help="true ids instead of clusters: an upper bound")
 
 
 def parse(parser, argv, method, settings, not_in_first_stage=()):
-    """Parse argv with the defaults of its --data, those of market1501 for other folders (of the toy
-    set from random weights), and check what flags must have in common. Adds to the flags: `code`,
-    fingerprints of the sources, and `first_stage`, the folder of a stage that some flags do not
-    concern. Raises Problem."""
+    """Parse argv with the defaults for its --data (for other folders: market1501's or, with
+    --weights none, the toy set's) and check that the flags fit together. Adds `code`, hashes of the
+    source files, and `first_stage`, the folder of the first stage, which the flags
+    not_in_first_stage do not affect. Raises Problem."""
     early = Parser("", add_help=False)
     early.add_argument("--data", default="toy")
     early.add_argument("--weights")
@@ -1120,8 +1116,8 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
 
 
 def run_folder(method, args, defaults, ignored=()):
-    """-> runs/METHOD-DATA-sSEED, with every flag that is no default and not ignored, and a note. If
-    a run of other sources lies there: a folder of its own for the edited ones, and what to say."""
+    """-> runs/METHOD-DATA-sSEED with every flag that differs from its default and is not ignored,
+    and "". If that folder holds a run of other source code: another folder, and a note."""
     name = f"{method}-{os.path.basename(os.path.normpath(args.data))}-s{args.seed}"
     ignored = NO_NUMBER.union(ignored, ("data", "seed", "stage"))
     for flag, value in vars(args).items():
@@ -1144,20 +1140,20 @@ def run_folder(method, args, defaults, ignored=()):
 
 def run(main, resume="--resume"):
     """Call main() as a program: a Problem becomes one line on stderr and exit code 2; Ctrl-C and
-    SIGTERM one line with the command that goes on, by the flag `resume`, and exit code 130."""
+    SIGTERM become one line with the command that continues (with `resume`) and exit code 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # None where it was closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it was closed
     sys.stdout = sys.stdout or sys.stderr
     try:
         return as_one(main)
     except Problem as problem:
         message, code = problem, 2
     except KeyboardInterrupt:
-        sys.unraisablehook = lambda _: None  # of a progress bar that was cut short
+        sys.unraisablehook = lambda _: None  # from a progress bar that was cut off
         words = shlex.join([*(word for word in sys.argv if word != resume), resume or ""])
         message, code = "\ninterrupted" if not resume else (
             f"\ninterrupted, finished epochs are kept; go on with: {LAUNCH} {words}"), 130
-    except (MemoryError, RuntimeError) as error:  # torch raises the latter for main memory too
+    except (MemoryError, RuntimeError) as error:  # the latter for main memory
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
             raise
         message, code = "out of memory (lower --batch-size or --size, or a smaller --arch)", 2
@@ -1166,20 +1162,20 @@ def run(main, resume="--resume"):
             log.close()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
-    line = " ".join(str(message).split()) if code == 2 else message  # a name may hold anything
+    line = " ".join(str(message).split()) if code == 2 else message  # file names can be odd
     line = "".join(c if c.isprintable() or c == "\n" else "?" for c in line)
     say("error: " * (code == 2) + line, sys.stderr)
     sys.exit(code)
 
 
 def say(text, file=None):
-    """Print a line; a closed pipe, a full device or a poor terminal must not end a run."""
+    """Print a line; a closed pipe, a full device or a limited terminal must not end a run."""
     with contextlib.suppress(OSError, ValueError):
         tqdm.write(text, file or sys.stdout)
 
 
 def pick_device(name):
-    """One of DEVICES -> torch.device; Problem when it is not there."""
+    """One of DEVICES -> torch.device. Raises Problem if it is not available."""
     have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = next(kind for kind in have if have[kind]) if name == "auto" else name
     if not have[name]:
@@ -1207,7 +1203,7 @@ def check_finite(features):
 # ========================================================================== E logs and checkpoints
 
 FORMAT = 3  # of last.pt; before 2, the classifiers of sskd.py saw features of unit length
-LOCKS = {}  # path -> open log, of this process
+LOCKS = {}  # path -> open log of this process
 
 
 class Means:
@@ -1236,11 +1232,11 @@ class Means:
 class Log:
     """A run's folder: lines on the screen and in log.jsonl, the last finished epoch in last.pt.
 
-    The log's first line holds versions, device, commit and every argument; last.pt holds all lines,
-    and the log is made whole from it. `finished`: the checkpoint of a run with nothing left to do,
-    or None. `epochs`: the flag that counts; `free`: flags that may differ. Raises Problem for a
-    folder that is busy or cannot be written, or holds a run of other flags, of other sources or,
-    without --resume, one that stopped early.
+    The log's first line holds versions, device, commit and every argument; last.pt holds all lines
+    too, and the log is repaired from it. `finished`: the checkpoint of a run with nothing left to
+    do, or None. `epochs`: the flag with the number of epochs; `free`: flags that may differ. Raises
+    Problem for a folder that is in use, cannot be written, or holds a run with other flags or other
+    source code or, without --resume, one that stopped early.
     """
 
     def __init__(self, folder, device, args, epochs="epochs", free=()):
@@ -1250,7 +1246,7 @@ class Log:
         state = from_rank_0(self._read, epochs, free)
         if not state or state["epoch"] < self.total:
             from_rank_0(self._lock)
-            state = from_rank_0(self._read, epochs, free)  # as it is now that nobody else writes
+            state = from_rank_0(self._read, epochs, free)  # again, now that nobody else writes
         if state and state["epoch"] < self.total and not args.resume:
             raise Problem(f"{folder} holds a run that stopped after epoch {state['epoch']} of "
                           f"{self.total} (go on with --resume, choose another --out, or delete its "
@@ -1264,8 +1260,8 @@ class Log:
                 say(f"{folder}: finished before, nothing to do{in_words(state['scores'])}")
 
     def _read(self, epochs, free):
-        """-> the checkpoint in the folder, or None. Raises Problem if its flags are not today's,
-        but for those that change no number, and for more epochs; or if its sources are not."""
+        """-> the checkpoint in the folder, or None. Raises Problem if its source code differs from
+        the present one, or a flag that affects the results; only --epochs may be larger now."""
         path = os.path.join(self.folder, "last.pt")
         if not os.path.lexists(path):
             return None
@@ -1306,13 +1302,13 @@ class Log:
                           ) from error
 
     def _write(self):
-        """Make the log what self.lines say: cut off what differs, append what lacks, or neither."""
+        """Make the log file equal to self.lines: cut off what differs, append what is missing."""
         old = read_text(self.path).encode() if os.path.exists(self.path) else b""
         new = "".join(self.lines).encode()
         same = len(os.path.commonprefix([old, new]))
         if same == len(old) == len(new):
             return
-        if self.file is None:  # a finished run's
+        if self.file is None:  # of a finished run
             self._lock()
         try:
             self.file.truncate(same)
@@ -1324,10 +1320,10 @@ class Log:
                           "with --resume)") from error
 
     def restore(self, images, **parts):
-        """--resume: put the checkpoint's state into `parts`, modules, optimisers and generators.
+        """--resume: load the checkpoint's state into `parts`: modules, optimisers and generators.
 
-        -> dict of what else it holds: epoch, the number of finished ones, and what epoch() was told
-        to keep; {} in a new run. Raises Problem for a part, or a number of images, that differs.
+        -> dict of the rest: epoch, the number of finished epochs, and what epoch() was told to
+        keep; {} in a new run. Raises Problem if a part or the number of images does not fit.
         """
         state, self.state = self.state, None
         if not state:
@@ -1346,8 +1342,8 @@ class Log:
                 for key, value in state.items()}
 
     def steps(self, batches, title, iters):
-        """Yield (step, index) of the `iters` batches of an epoch, with a bar on a terminal. The
-        first time, after a few batches, say how long a long run will take."""
+        """Yield (step, index) of the `iters` batches of an epoch, with a bar on a terminal. In the
+        first epoch, after a few batches, say how long a long run will take."""
         first, self.began = self.began is None, self.began or time.time()
         for step, index in enumerate(progress(batches, title, iters)):
             if step == 2:
@@ -1361,11 +1357,11 @@ class Log:
             yield step, index
 
     def epoch(self, title, quality=None, losses=None, scores=None, keep=None, epoch=0, **more):
-        """One line for people, one line of JSON; what is not given is left out.
+        """Print a line and log it as JSON; what is not given is left out.
 
-        keep: dict of what --resume and eval.py need, `model` and `labels` among it: modules,
+        keep: dict of what --resume and eval.py need, with `model` and `labels`: modules,
         optimisers, generators, arrays, plain values. The checkpoint is written first and holds the
-        line, so a stop between the two loses nothing. Problem for weights that are not finite.
+        line, so a stop between the two loses nothing. Raises Problem for non-finite weights.
         """
         seconds, text = time.time() - self.start, [f"{title:>12}"]
         if quality:
@@ -1401,8 +1397,8 @@ class Log:
         say(" | ".join(text) + in_words(scores) + f" | {seconds:6.0f} s{left}")
 
     def finish(self, scores, train, labels):
-        """The end of a run -> scores. Without person ids, leave clusters.csv: file, cluster (-1: an
-        outlier) and camera of every training image. The folder is free again."""
+        """End a run -> scores. Without person ids, write clusters.csv: file, cluster (-1: an
+        outlier) and camera of every training image. The folder is unlocked."""
         if (train.pids < 0).all() and RANK == 0:
             rows = zip(train.paths, labels.tolist(), train.cams.tolist())
             path = os.path.join(self.folder, "clusters.csv")
@@ -1435,8 +1431,8 @@ def header(device, args):
 
 
 def save_checkpoint(path, **state):
-    """Write plain values and tensors in one move: a reader sees the old file or the new one. Raises
-    Problem, and keeps the old file, when that fails."""
+    """Write plain values and tensors atomically: a reader sees the old file or the new one. Raises
+    Problem, and keeps the old file, if that fails."""
     draft, content = f"{path}.tmp", io.BytesIO()
     torch.save(state, content)
     kept = "; the earlier file is kept" if os.path.exists(path) else ""
@@ -1468,7 +1464,7 @@ def load_checkpoint(path, keys=()):
     except OSError as error:
         raise Problem(f"{path} cannot be read: {error.strerror} (name a finished run's folder, its "
                       "last.pt, or a file of weights)") from error
-    except Exception as error:  # torch raises many kinds here; each means a file of no use
+    except Exception as error:  # torch raises many kinds; each means a useless file
         raise Problem(f"{path} is no checkpoint of tensors and plain values, or damaged, so it is "
                       f"not read ({type(error).__name__}; choose another file)") from error
     lacking = [key for key in keys if not isinstance(state, dict) or key not in state]
@@ -1506,8 +1502,8 @@ def load_encoder(path):
 
 
 def embed(model, files):
-    """Features of any image files, by a network of load_encoder() -> (len(files), D), unit rows, so
-    that the product of two rows is the similarity of two pictures, from -1 to 1."""
+    """Features of image files, from a network of load_encoder() -> (len(files), D), unit rows, so
+    that the product of two rows is the similarity of two images, from -1 to 1."""
     images = read_images(Split([os.fspath(file) for file in files], None, None), *model.size)
     features = extract_features(model, images)
     return features[0] if model.parts else features
@@ -1515,9 +1511,9 @@ def embed(model, files):
 
 # ================================================================================== F several GPUs
 # `torchrun --nproc-per-node 4 ccsd.py` starts the page four times: four ranks, a GPU each. All draw
-# the same batches, keep all images, features and memories, and compute the same losses. Divided are
-# the chunks of a batch, the extraction and the search for neighbours; files, labels and scores are
-# made by rank 0. In a plain run these functions hand on what they get.
+# the same batches, keep all images, features and memories, and compute the same losses. They divide
+# the chunks of a batch, the extraction and the search for neighbours among them; rank 0 makes
+# files, labels and scores. Without torchrun these functions change nothing.
 
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK, RANKS, LOCAL = (int(os.environ[name]) if TORCHRUN else plain for name, plain in
@@ -1540,9 +1536,9 @@ def join_ranks(device):
 
 
 def as_one(main):
-    """Call main() so that the ranks look like one program: rank 0 alone prints, and of failing
-    ranks the first; torchrun ends the others. A rank that waits for a lost one does not notice a
-    signal, so a thread ends it after 5 seconds."""
+    """Call main() so that the ranks behave like one program: only rank 0 prints, and only the first
+    rank that fails reports its error; torchrun ends the others. A rank that waits for a lost one
+    does not notice a signal, so a thread ends it 5 seconds after one."""
     if not TORCHRUN:
         return main()
     store, screen, silence = next(dist.rendezvous("env://"))[0], sys.stderr, open(os.devnull, "w")
@@ -1575,12 +1571,12 @@ def as_one(main):
 
 
 def own(rows):
-    """-> this rank's share of a tensor or a list: rows that follow each other."""
+    """-> this rank's share of a tensor or a list: consecutive rows."""
     return rows[len(rows) * RANK // RANKS:len(rows) * (RANK + 1) // RANKS]
 
 
 def from_rank_0(function, *args, **more):
-    """-> function(...), which rank 0 alone calls: nobody else writes, and labels cannot differ."""
+    """-> function(...), called by rank 0 only: one process writes, and labels cannot differ."""
     result = [function(*args, **more) if RANK == 0 else None]
     if TORCHRUN:
         dist.broadcast_object_list(result)
@@ -1588,14 +1584,14 @@ def from_rank_0(function, *args, **more):
 
 
 class Gather(torch.autograd.Function):
-    """gathered(). As every rank computes the same loss of all rows, the gradient of its own rows is
-    at hand; it is multiplied by RANKS because average_gradients() divides by it."""
+    """gathered() with a gradient. Every rank computes the same loss of all rows, so it has the
+    gradient of its own; times RANKS, because average_gradients() divides by RANKS."""
 
     @staticmethod
     def forward(ctx, rows, n):
         every = rows.new_zeros(*rows.shape[:-2], n, rows.shape[-1])
         own(every.transpose(0, -2)).copy_(rows.transpose(0, -2))
-        dist.all_reduce(every)  # a sum: what is not a rank's own is 0
+        dist.all_reduce(every)  # a sum: rows of other ranks are 0
         return every
 
     @staticmethod
@@ -1604,13 +1600,13 @@ class Gather(torch.autograd.Function):
 
 
 def gathered(rows, n):
-    """A share of n rows on each rank, (..., own, D) -> on every rank (..., n, D)."""
+    """Each rank's share of n rows, (..., share, D) -> all rows on every rank, (..., n, D)."""
     return Gather.apply(rows, n) if TORCHRUN else rows
 
 
 def forward(model, images, splits, inside=False):
-    """What the network gives for a batch, (..., B, D), chunk by chunk as if on `splits` GPUs; each
-    rank forwards its share of the chunks and gets the features of all."""
+    """-> the network's output for a batch, (..., B, D), computed in `splits` chunks as if on so
+    many GPUs; each rank forwards its share of the chunks and gets the features of all."""
     with statistics_of_all(model, splits):
         outputs = [model(chunk, inside) for chunk in own(images.chunk(splits))]
 
@@ -1621,9 +1617,9 @@ def forward(model, images, splits, inside=False):
 
 @contextlib.contextmanager
 def statistics_of_all(model, splits):
-    """Inside, each rank forwards its chunks; afterwards the running statistics r of batch norms are
-    those of one process: for all chunks in order, r <- .9 r + .1 s. That is a sum over chunks, so a
-    rank starts from its part of r, lets it decay for the chunks of others, and all are added."""
+    """In this context each rank forwards its chunks; then the running statistics r of batch norms
+    are those of one process: r <- .9 r + .1 s for all chunks in order. This is a sum over chunks,
+    so each rank starts from its share of r and decays it for others' chunks; then all are added."""
     norms = [x for x in model.modules() if isinstance(x, (nn.BatchNorm1d, nn.BatchNorm2d))]
     norms = norms if TORCHRUN and model.training else []
     running = [x.data for norm in norms for x in (norm.running_mean, norm.running_var)]
@@ -1639,7 +1635,7 @@ def statistics_of_all(model, splits):
 
 
 def average_gradients(optimizer):
-    """Behind backward(): gradients become their mean over ranks, that of the whole batch."""
+    """After backward(): average gradients over ranks, as over the whole batch."""
     if TORCHRUN:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]
                      if p.grad is not None]

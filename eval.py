@@ -1,16 +1,16 @@
-"""Score a trained network on any data set, and draw a report of its run to look at.
+"""Score a trained network on any data set, and draw a report of its run.
 
-  python eval.py runs/ccsd-toy-s0                          the data set it was trained on
-  python eval.py runs/ccsd-toy-s0 --data toy-source        any other
+  python eval.py runs/ccsd-toy-s0                          on the data set of the run
+  python eval.py runs/ccsd-toy-s0 --data toy-source        on any other
   python eval.py runs/ccsd-market1501-s0 --rerank --json   k-reciprocal re-ranking; one line of JSON
   python eval.py runs/ccsd-toy-s0 --report                 writes runs/ccsd-toy-s0/report.html
   python eval.py runs/a runs/b --report ab.html            curves of several runs in one plot
-  python eval.py runs/ccsd-toy-s0 --pairs A.jpg B.jpg      how similar, and what that means
+  python eval.py runs/ccsd-toy-s0 --pairs A.jpg B.jpg      similarity of two images
   python eval.py runs/ccsd-toy-s0 --save-features F.npz    features, paths, pids, cams, split
 
 Market-1501's rule: gallery images of the query's person and camera are ignored. mAP is not
-interpolated. Re-ranking uses the gallery's own structure: compare it with re-ranked figures only.
-A report shows images of its data set, whose terms hold for it too.
+interpolated. Re-ranking uses the gallery's own structure: compare only with re-ranked results.
+A report shows images of its data set, whose terms of use apply to it too.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, os.path.join(common.HERE, "tests"))
-import report  # noqa: E402  the figures, beside tests/toy.py
+import report  # noqa: E402  the figures, tests/report.py
 
 # ========================================================================================= rankings
 
@@ -34,9 +34,9 @@ import report  # noqa: E402  the figures, beside tests/toy.py
 def rerank(query_features, gallery_features, k1=20, k2=6, lam=.3, block=256):
     """k-reciprocal re-ranking (Zhong et al., CVPR 2017): yield similarities, (block, G) at a time.
 
-    Unit features (Q, D) and (G, D) on any device. A similarity is minus the paper's final distance
-    (eq. 12), (1 - lam) Jaccard + lam d, with d the squared Euclidean distance over the largest of
-    its row. Memory grows with Q + G, never with its square.
+    Unit features (Q, D) and (G, D) on any device. The similarity is minus the paper's final
+    distance, (1 - lam) Jaccard + lam d (eq. 12), where d is the squared Euclidean distance divided
+    by the largest of its row. Memory grows linearly with Q + G.
     """
     features = torch.cat([query_features, gallery_features])
     common.check_finite(features)
@@ -63,10 +63,10 @@ def rerank(query_features, gallery_features, k1=20, k2=6, lam=.3, block=256):
 
 
 def rank_queries(features, query, gallery, top=7, block=256):
-    """-> for every query i with a right answer a dict of what the scores are means of.
+    """-> for every query i with a right answer, a dict with the details behind the scores.
 
-    precision (R,): at the rank of each right answer, the best first; its mean is AP, and the first
-    right answer has rank 1 / precision[0]. cams (R,): their cameras. shown, similar: the first
+    precision (R,): at the rank of each of its R right answers, best first; the mean is AP, and the
+    first right answer has rank 1 / precision[0]. cams (R,): their cameras. shown, similar: first
     `top` gallery images. Ignored images are left out; of equals, the wrong one ranks first.
     """
     ranked = []
@@ -91,10 +91,10 @@ def rank_queries(features, query, gallery, top=7, block=256):
 
 
 def by_camera_pair(ranked, query, cameras):
-    """-> precision and weight, (V, V): camera of the query, camera of the right answer.
+    """-> precision and weight, (V, V) each: camera of the query x camera of the right answer.
 
-    A query's AP is the mean over its R right answers, so each weighs 1 / R. Entries are means of
-    the precision under these weights (NaN without any); their mean under `weight` is mAP.
+    A query's AP is the mean over its R right answers, so each has the weight 1 / R. Entries are
+    weighted means of precision (NaN if there are none); their mean, weighted by `weight`, is mAP.
     """
     total, weight = np.zeros((2, cameras, cameras))
     for r in ranked:
@@ -107,7 +107,7 @@ def by_camera_pair(ranked, query, cameras):
 def pair_counts(features, query, gallery, edges, block=256):
     """Count the similarities of a query and a gallery image, over all pairs -> (4, E + 1) int64.
 
-    A row for each of report.PAIRS; column j: at least edges[j - 1], less than edges[j]. edges (E,).
+    Rows: report.PAIRS. Column j: similarities from edges[j - 1] to below edges[j]. edges (E,).
     """
     edges = torch.as_tensor(edges, dtype=torch.float32)
     columns, counts = len(edges) + 1, 0
@@ -125,8 +125,8 @@ def pair_counts(features, query, gallery, edges, block=256):
 
 
 def open_run(path):
-    """-> what a run's folder or its last.pt holds. home: the folder in which it was started, if its
-    --out is the end of its folder's name, else ""; planned: epochs it is to have."""
+    """-> the content of a run's folder or its last.pt. home: the folder where the run was started,
+    if the path of the run ends with its --out, else ""; planned: the epochs it should have."""
     path = os.path.join(path, "last.pt") if os.path.isdir(path) else path
     model, state = common.load_encoder(path)
     folder, home = os.path.dirname(path) or ".", ""
@@ -140,15 +140,15 @@ def open_run(path):
 
 
 def locate(path, home):
-    """A path of a run -> where it is from the run's home or, failing that, from here."""
+    """A path of a run -> the same below the run's home if that exists, else as it is."""
     return next((p for p in (os.path.join(home, path), path) if os.path.exists(p)), path)
 
 
 def load_data(run, args):
-    """Give the run the Splits of its own or another data set.
+    """Load the Splits of the run's own data set or of --data into `run`.
 
-    Nothing is drawn into a --root that was typed, which may be mistyped, nor where a checkpoint
-    says; a toy set that is missing is drawn only into data/, the pages' own place, if that exists.
+    A missing toy set is drawn only into data/, the pages' default, if that exists; never into a
+    --root that the user typed (it may be mistyped) or that a checkpoint names.
     """
     run.data = args.data or run.state["data"]
     if not args.data and run.data not in common.DATASETS:
@@ -160,19 +160,19 @@ def load_data(run, args):
 
 
 def prepare(model, state, device):
-    """-> the network on the device, computing as the run did."""
+    """-> the network on the device, with the precision of the run."""
     return model.on(device, argparse.Namespace(bf16=state["bf16"], fp32=state["fp32"],
                                                recompute=False))
 
 
 def embed(model, images):
-    """(N, 3, H, W) uint8 -> (N, D) features; of a network with parts the global ones."""
+    """(N, 3, H, W) uint8 -> (N, D) features; with parts, the global ones."""
     features = common.extract_features(model, images)
     return features[0] if model.parts else features
 
 
 def initial_network(run):
-    """-> the network before training and what it is; or None and why there is none."""
+    """-> the network before training and its description; or None and the reason."""
     state = run.state
     try:
         if "classifier" in state:
@@ -182,7 +182,7 @@ def initial_network(run):
             return common.load_encoder(os.path.join(folder, "1", "last.pt"))[0], "source network 1"
         weights = state["weights"]
         weights = weights if weights in ("none", "imagenet") else locate(weights, run.home)
-        common.seed_everything(state["seed"])  # as the page did before it made its network
+        common.seed_everything(state["seed"])  # as the page did before it built the network
         network = common.Encoder(state["arch"], weights, state["parts"], state["pooling"])
         return network, "random weights" if weights == "none" else os.path.basename(weights)
     except (common.Problem, KeyError, TypeError, ValueError) as problem:
@@ -190,7 +190,7 @@ def initial_network(run):
 
 
 def read_log(run):
-    """Give the run its log: header, lines as flat dicts, names of the loss terms, flags."""
+    """Load the log into `run`: header, lines as flat dicts, names of the loss terms, flags."""
     try:
         header, *lines = map(json.loads, run.state["lines"])
         [float(line["epoch"]) for line in lines]  # anything else is no log
@@ -204,7 +204,7 @@ def read_log(run):
         for name, value in header["args"].items():
             values = value if isinstance(value, list) else [value]
             values = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
-            if name not in ("code", "first_stage"):  # notes of the page, no flags
+            if name not in ("code", "first_stage"):  # added by the page, not flags
                 run.flags[name] = " ".join([f"--{name.replace('_', '-')}", *values])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise common.Problem(f"{run.path} holds no log of these pages (name another)") from error
@@ -214,7 +214,7 @@ def read_log(run):
 
 
 def about(run, scores):
-    """What was run, with which flags, and what it scores."""
+    """-> the figure of what was run, with which flags, and its scores."""
     state, header, text = run.state, run.header, ""
     if scores:
         keys = ("mAP", "rank1", "rank5", "rank10")
@@ -228,14 +228,14 @@ def about(run, scores):
         text += f"<p><b>{name}</b> {html.escape(fact)}</p>"
     flags = (f"<span>{html.escape(words)}</span> " for words in run.flags.values())
     text += f"<p><b>Flags</b> {''.join(flags)}</p>"
-    return report.figure("", text, "What the network of the last finished epoch scores, and all "
-                         "that led to it.", "flags that differ, before you compare two runs.")
+    return report.figure("", text, "The scores of the last finished epoch, and everything that "
+                         "led to them.", "flags that differ, before you compare two runs.")
 
 
 def draw_run(run, features, images):
-    """-> the page of a run. features, images: of query and gallery; [] without ids."""
+    """-> the report page of a run. features, images: of query and gallery; [] without ids."""
     test, labels = (run.query, run.gallery), run.state.get("labels")
-    ours = "classifier" not in run.state and torch.is_tensor(labels)  # else: those of the --source
+    ours = "classifier" not in run.state and torch.is_tensor(labels)  # else: labels of --source
     ours = ours and labels.shape == (len(run.train.paths),) and labels.max() >= 0
     labels = labels.numpy() if ours else None
     known = bool((run.train.pids >= 0).any())
@@ -251,14 +251,14 @@ def draw_run(run, features, images):
         parts["Clusters"] = report.clusters(run.train, labels, known)
     if features:
         pids, cams = (np.concatenate(both) for both in zip(run.query[1:], run.gallery[1:]))
-        index = report.choose(np.where(pids > 0, pids, -1), cams)  # a distractor is nobody
-        some = torch.cat(features)[index].cpu().numpy()
-        parts["t-SNE"] = report.t_sne(some, pids[index], cams[index], "person")
+        index = report.choose(np.where(pids > 0, pids, -1), cams)  # distractors have no id
+        chosen = torch.cat(features)[index].cpu().numpy()
+        parts["t-SNE"] = report.t_sne(chosen, pids[index], cams[index], "person")
     elif labels is not None:
         index = report.choose(labels, run.train.cams)
-        some = common.Split([run.train.paths[i] for i in index], None, None)
-        some = embed(run.model, common.read_images(some, *run.state["size"])).cpu().numpy()
-        parts["t-SNE"] = report.t_sne(some, labels[index], run.train.cams[index], "cluster")
+        chosen = common.Split([run.train.paths[i] for i in index], None, None)
+        chosen = embed(run.model, common.read_images(chosen, *run.state["size"])).cpu().numpy()
+        parts["t-SNE"] = report.t_sne(chosen, labels[index], run.train.cams[index], "cluster")
     return report.page(f"Report of {run.folder}", parts)
 
 
@@ -267,7 +267,7 @@ TEST_FIGURES = ("Similarity within and across cameras", "mAP by pair of cameras"
 
 
 def test_figures(run, features, images):
-    """-> what only a test set with ids shows, by its title."""
+    """-> dict of the figures that need a test set with ids, by title."""
     test, networks = (run.query, run.gallery), {"after training": features}
     network, what = initial_network(run)
     note = "" if network else f"<p>Before training: not shown, {html.escape(what)}.</p>"
@@ -287,8 +287,8 @@ def test_figures(run, features, images):
 
 
 def compare(runs):
-    """-> the page of several runs; the legend is the flags in which they differ or, if they are of
-    several pages, their folders."""
+    """-> the report page of several runs; the legend shows the flags in which they differ or, for
+    runs of different pages, their folders."""
     shared = [name for name in runs[0].flags if all(name in run.flags for run in runs)
               and name not in ("out", "root", "device", "resume")]
     differ = [name for name in shared if len({run.flags[name] for run in runs}) > 1]
@@ -313,15 +313,15 @@ def get_args(argv=None):
     parser = common.Parser(__doc__)
     add = parser.add_argument
     add("checkpoint", nargs="+", help="a run's folder or its last.pt; several for --report FILE")
-    add("--data", help="key or folder of the data set (the one of the run)")
-    add("--root", help="where data sets live (the one of the run)")
-    add("--rerank", action="store_true", help="k-reciprocal re-ranking, of the score alone")
-    add("--json", action="store_true", help="print one line of JSON, no table")
-    add("--report", nargs="?", const="", metavar="FILE.html", help="draw the run, or the curves of "
-        "several runs, to look at (report.html in the run's folder)")
-    add("--pairs", nargs=2, metavar=("A", "B"), help="how similar two image files are")
-    add("--save-features", metavar="FILE.npz", help="features, paths, pids, cams and split of all "
-        "images of the data set")
+    add("--data", help="name or folder of the data set (default: the run's)")
+    add("--root", help="where data sets are (default: as in the run)")
+    add("--rerank", action="store_true", help="k-reciprocal re-ranking, for the scores only")
+    add("--json", action="store_true", help="print one line of JSON instead of a table")
+    add("--report", nargs="?", const="", metavar="FILE.html", help="draw a report of the run, or "
+        "the curves of several runs (report.html in the run's folder)")
+    add("--pairs", nargs=2, metavar=("A", "B"), help="print how similar two image files are")
+    add("--save-features", metavar="FILE.npz", help="save features, paths, pids, cams and "
+        "split of all images of the data set")
     add("--device", default="auto", choices=common.DEVICES, help="(%(default)s)")
     args = parser.parse_args(argv)
     if len(args.checkpoint) > 1 and not args.report:
@@ -333,14 +333,14 @@ def get_args(argv=None):
 
 
 def say(text):
-    """Print, with ? for letters that the terminal lacks. What a closed pipe or a full disk does not
-    take goes to stderr, so that no score is lost."""
+    """Print, with ? for letters that the terminal cannot show. If a closed pipe or full disk takes
+    nothing, it goes to stderr, so that no score is lost."""
     try:
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "replace").decode(encoding), flush=True)
     except (OSError, ValueError, AttributeError) as error:
         print(text, file=sys.stderr)
-        if sys.stdout:  # or Python would try once more at its end
+        if sys.stdout:  # or Python would try again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         why = getattr(error, "strerror", None) or "it is closed"
         raise common.Problem(f"standard output: {why} (the lines above were meant for it)"
@@ -348,7 +348,7 @@ def say(text):
 
 
 def write(path, content):
-    """Write bytes to a file and say how many. Raises Problem."""
+    """Write bytes to a file and print its size. Raises Problem."""
     try:
         with open(path, "wb") as file:
             file.write(content)
@@ -359,7 +359,7 @@ def write(path, content):
 
 
 def save_features(run, path):
-    """Write the features of all images of the data set, and whose they are."""
+    """Write the features of all images of the data set, with their paths and ids."""
     kept, file = [], io.BytesIO()
     for kind, split in zip(common.KINDS, (run.train, run.query, run.gallery)):
         if split.paths:
@@ -371,17 +371,17 @@ def save_features(run, path):
 
 
 def pair(run, features, files):
-    """-> how similar two image files are, and the share of each kind of pairs of the test set that
-    are at least as similar."""
+    """-> the similarity of two image files, and for each kind of test pairs the share that is at
+    least as similar."""
     images = common.read_images(common.Split(files, None, None), *run.state["size"])
     a, b = embed(run.model, images)
-    found = dict(similarity=float(a @ b))
+    result = dict(similarity=float(a @ b))
     if features:
-        counts = pair_counts(features, run.query, run.gallery, [found["similarity"]])  # (4, 2)
+        counts = pair_counts(features, run.query, run.gallery, [result["similarity"]])  # (4, 2)
         kinds = {"same person": counts[2:].sum(0), "other person": counts[:2].sum(0),
                  **dict(zip(report.PAIRS[::-1], counts[::-1]))}
-        found.update({kind: float(n[1] / n.sum().clip(1)) for kind, n in kinds.items()})
-    return found
+        result.update({kind: float(n[1] / n.sum().clip(1)) for kind, n in kinds.items()})
+    return result
 
 
 def main(argv=None):
@@ -403,13 +403,13 @@ def main(argv=None):
         write(args.report or os.path.join(run.folder, "report.html"),
               draw_run(run, features, images).encode("utf-8", "replace"))
     if args.pairs:
-        found = pair(run, features, args.pairs)
-        _, *kinds = found.items()
-        lines = [f"similarity {found['similarity']:.3f}" + ", which reach, of all pairs of a query "
-                 "and a gallery image:" * bool(kinds)]
+        result = pair(run, features, args.pairs)
+        _, *kinds = result.items()
+        lines = [f"similarity {result['similarity']:.3f}" + "; share of all pairs of a query and a "
+                 "gallery image that are at least as similar:" * bool(kinds)]
         lines += [f"{kind:28} {100 * share:6.2f} %" for kind, share in kinds]
-        say(json.dumps(found) if args.json else "\n".join(lines))
-        return found
+        say(json.dumps(result) if args.json else "\n".join(lines))
+        return result
     if features:
         similar = rerank(*features) if args.rerank else (
             rows @ features[1].T for rows in features[0].split(256))
@@ -421,7 +421,7 @@ def main(argv=None):
 
 
 def show_scores(run, scores, args):
-    """Print the scores as a table or as JSON, and how far an unfinished run is."""
+    """Print the scores as a table or as JSON, and the progress of an unfinished run."""
     done, stand = run.state["epoch"], dict(epoch=run.state["epoch"], epochs=run.planned)
     scores = dict(data=run.data, rerank=args.rerank, **stand, **scores)
     if args.json:

@@ -2,15 +2,15 @@
 Lan, Teng, Zhang, Zhang, Tao; arXiv 2204.09931 v1, 2022 (v2 and IEEE TIP 2023: "Learning to
 Purification for Unsupervised Person Re-identification")
 
-Pseudo labels are noisy: poses and occlusion change how a person looks (appearance noise), and one
-global feature overlooks details. MSKD works at several scales, the whole body and its upper and
-lower half, and trains twice: a teacher learns from the noisy labels of its own clusters, step by
-step from bad ones to better; a student starts afresh from the labels of the finished teacher,
-guided by its features, so it converges fast and meets less of the noise.
+Pseudo labels are noisy: pose and occlusion change how a person looks (appearance noise), and one
+global feature misses details. MSKD uses several scales, the whole body and its upper and lower
+halves, and trains twice. A teacher learns from the noisy labels of its own clusters, which improve
+step by step. A student then starts anew with the labels of the finished teacher and is guided by
+the teacher's features, so it converges fast and meets less label noise.
 
-A stage, teacher then student, and an epoch of it ([paper]: abstract or introduction; [code]: the
-authors' released code; the rest is ClusterContrast by Dai et al., ACCV 2022, the usual base)
-  0 data, network; from random weights a warm-up W       common.read_data, Encoder, warm_up
+One epoch of either stage, teacher or student ([paper]: abstract or introduction; [code]: the
+authors' released code; the rest is the usual baseline, ClusterContrast: Dai et al., ACCV 2022)
+  0 data, network; a warm-up W if from random weights    common.read_data, Encoder, warm_up
   1 extract features of three views of all training images [paper]   common.extract_features
   2 pseudo labels: J = (1 - 2 l1) J_g + l1 J_u + l1 J_d [code], DBSCAN   mixed_distance
   3 (no refinement in this paper)
@@ -21,25 +21,26 @@ authors' released code; the rest is ClusterContrast by Dai et al., ACCV 2022, th
     5c D_g, D_u, D_d, student only: regress the teacher's features of the same images [code]
                                                          distillation_losses
     5f L = (1 - l2) (L_g + mu D_g) + l2 (L_u + mu D_u) + l2 (L_d + mu D_d) [code], optimiser step
-    5g memories follow the batch                         common.update_memory
+    5g momentum update of the memories                   common.update_memory
   6 report, evaluate the global feature [code], save     common.label_quality, test, Log.epoch
-First round: before its epochs the student trains on labels and memories from the teacher's
-  features, with frozen memories and twice the iterations [code].
-Symbols: g, u, d the views: global, upper, lower half; f_v unit feature, t_v the teacher's; J_v
+First round: before its first epoch the student trains on labels and memories computed from the
+  teacher's features; the memories are frozen, and there are twice as many iterations [code].
+Symbols: views g, u, d: global, upper half, lower half; f_v unit feature, t_v the teacher's; J_v
   Jaccard distance; k = y(i) cluster, m_v its unit memories; tau --temp; l1 --l1, l2 --l2, mu --mu
 Differences from the code
-  D1 we report the last epoch; the authors' code reports the best epoch on the test set
+  D1 we report the last epoch; the authors' code reports the epoch that is best on the test set
   D2 two checkpoints, OUT/teacher and OUT; in the code the student overwrites its teacher
   D3 distillation is on by default; in the code all weights default to 0, the plain baseline
   D4 on the toy set the teacher normalises with its running statistics, in the code with the batch's
-  D5 harmless: erased pixels take the mean colour (code: the mean, after normalising); 10 tries for
-     a rectangle (100); K - 1 other images without repeats (with); a cluster of one image fills K
-     places (one); eps + 1e-5; running statistics of all chunks (of the first GPU); bfloat16 on CUDA
-Not said in paper or code, chosen here
+  D5 harmless (the code's choice in brackets): erased pixels get the mean colour (the mean's value,
+     after normalisation); 10 tries for a rectangle (100); K - 1 other images without repeats
+     (with); a cluster of one image fills K places (one); eps + 1e-5; running statistics of all
+     chunks (of the first GPU); bfloat16 on CUDA
+Not stated in paper or code, our choices
   N1 the first round counts in the schedule: --lr-drop 20 acts after epochs 19 and 39, as in the
-     code, and the cosine of --lr-drop 0 spans it too
-  W  --weights none adds what no paper claims: a warm-up without labels, colour jitter, IBN-a
-     blocks in the small network, and --centre: clusters of features less their camera's mean
+     code, and the cosine of --lr-drop 0 includes it too
+  W  --weights none adds what no paper claims: a warm-up without labels, colour jitter, IBN-a blocks
+     in the small network, and --centre: subtract each camera's mean feature before clustering
 Run
   python mskd.py                                     toy set, 2 CPU cores: 139 s, 85 mAP
   python mskd.py --data market1501 --root data       one GPU of 24 GB, estimated: not measured
@@ -54,7 +55,7 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse import csr_array
 
-SETTINGS = {  # defaults of the flags; how those of the toy set were chosen: tests/RESULTS.md
+SETTINGS = {  # defaults of the flags; tests/RESULTS.md says how the toy set's were chosen
     "toy": dict(arch="small", weights="none", size=(96, 48), eps=.45, k1=20, epochs=20, iters=24,
                 batch_size=64, num_instances=4, lr=1e-3, lr_drop=0, bn_splits=1, eval_every=5,
                 teacher_bn="running"),  # D4
@@ -64,7 +65,7 @@ SETTINGS = {  # defaults of the flags; how those of the toy set were chosen: tes
 SETTINGS["toy-source"] = SETTINGS["toy"]
 SETTINGS["msmt17"] = dict(SETTINGS["market1501"], iters=400, eps=.7)
 WEIGHT_DECAY = 5e-4
-STUDENT_FLAGS = ("teacher", "mu", "teacher_bn")  # a teacher serves students of any of them
+STUDENT_FLAGS = ("teacher", "mu", "teacher_bn")  # of the student alone: a teacher ignores them
 
 
 def get_args(argv=None):
@@ -72,42 +73,42 @@ def get_args(argv=None):
     add = parser.add_argument_group("paper (default / published); weight 0: off").add_argument
     add("--stage", choices=("both", "teacher", "student"), default="both", help="a stage that is "
         "finished in OUT is skipped (%(default)s)")
-    add("--teacher", help="folder of a finished teacher, which is not trained again (OUT/teacher)")
+    add("--teacher", help="folder of a finished teacher, used instead of a new one (OUT/teacher)")
     add("--l1", type=number(float, 0, .49), default=.15, help="weight of each half's distance "
         "(%(default)s / 0.15)")
     add("--l2", type=number(float, 0, 1), default=.2, help="weight of each half's loss "
         "(%(default)s / 0.2)")
     add("--mu", type=number(float, 0), default=1, help="weight of distillation; 0: the teacher "
-        "gives only the first round's labels and memories (%(default)s / 1)")  # D3
-    add("--teacher-bn", choices=("batch", "running"), help="statistics that the teacher normalises "
-        "with: the batch's or its own (%(default)s / batch)")
+        "provides only the labels and memories of the first round (%(default)s / 1)")  # D3
+    add("--teacher-bn", choices=("batch", "running"), help="batch-norm statistics that the "
+        "teacher uses: the batch's or its running ones (%(default)s / batch)")
     add("--temp", type=number(float, 1e-3), default=.05, help="tau (%(default)s / 0.05)")
     add("--momentum", type=number(float, 0, 1), default=.1,
-        help="mu in m <- mu m + (1 - mu) f (%(default)s / 0.1)")
+        help="a in the memory update m <- a m + (1 - a) f (%(default)s / 0.1)")
     add("--eps", type=number(float, 0, 1), help="DBSCAN's radius; lower it when clusters mix "
         "people, raise it when most images are outliers (%(default)s / 0.6, MSMT17 0.7)")
-    add("--k1", type=number(int, 1), help="neighbours in the Jaccard distance, about the images of "
-        "a person (%(default)s / 30)")
+    add("--k1", type=number(int, 1), help="neighbours in the Jaccard distance, about as many "
+        "as a person has images (%(default)s / 30)")
     common.add_schedule_flags(parser, SETTINGS["market1501"])
     common.add_run_flags(parser)
     args = common.parse(parser, argv, "mskd", SETTINGS, STUDENT_FLAGS)
     if args.teacher and args.stage == "teacher":
-        raise common.Problem("--teacher names a finished teacher, which leaves nothing to --stage "
-                             "teacher (leave one out)")
+        raise common.Problem("--teacher names a finished teacher, so --stage teacher has nothing "
+                             "to do (leave one of them out)")
     if math.ceil(args.size[0] / 16) % 2:
         raise common.Problem(f"--size {args.size[0]}: the network's map has an odd number of rows, "
-                             "so no two halves (make the height a multiple of 32)")
+                             "so no equal halves (make the height a multiple of 32)")
     return args
 
 
-# ======================================================= the paper's steps, as the loop meets them
+# ========================================================= the paper's steps, in the loop's order
 
 
 def mixed_distance(views, k1, l1):
     """Step 2: J = (1 - 2 l1) J_g + l1 J_u + l1 J_d -> sparse (N, N); not stored: distance 1.
 
-    views (3, N, D). What is not stored has similarity S = 1 - J = 0, and the weights sum to 1: so
-    1 - J is the weighted sum of three sparse S, exact, and there is no N x N array.
+    views (3, N, D). A pair that is not stored has similarity S = 1 - J = 0, and the weights sum to
+    1. So 1 - J is exactly the weighted sum of three sparse S, and no N x N array is needed.
     """
     mixed = csr_array((views.shape[1],) * 2, dtype="float32")
     for features, weight in zip(views, (1 - 2 * l1, l1, l1)):
@@ -134,8 +135,8 @@ def distillation_losses(f, t):
 
 
 def load_teacher(folder, args):
-    """-> the finished teacher of `folder`, frozen. Raises Problem for a checkpoint that is none, or
-    of other data, --arch or --size."""
+    """-> the finished teacher in `folder`, frozen. Raises Problem for a checkpoint that is no
+    finished teacher or differs in --data, --arch or --size."""
     path = os.path.join(folder, "last.pt")
     if not os.path.exists(path):
         raise common.Problem(f"no teacher in {folder} (run --stage teacher, or name one with "
@@ -147,7 +148,7 @@ def load_teacher(folder, args):
     for flag in ("arch", "size", "data"):
         if state[flag] != getattr(args, flag):
             raise common.Problem(f"the teacher {path} has --{flag} {state[flag]}, not "
-                                 f"{getattr(args, flag)} (say the same, or name another --teacher)")
+                                 f"{getattr(args, flag)} (use the same, or name another --teacher)")
     if state["epoch"] < state["epochs"]:
         raise common.Problem(f"the teacher {path} stopped after epoch {state['epoch']} of "
                              f"{state['epochs']} (delete it and run --stage teacher)")
@@ -170,9 +171,9 @@ def main(argv=None):
 
 
 def train_stage(args, stage, out, teacher_folder=None):
-    """One stage, with its result in `out` -> its last evaluation."""
+    """Train one stage and write it to `out` -> the scores of its last evaluation."""
     args = copy.copy(args)
-    args.stage = stage  # what the checkpoint says it is
+    args.stage = stage  # for the checkpoint
     device = common.pick_device(args.device)
     log = common.Log(out, device, args, free=STUDENT_FLAGS if stage == "teacher" else ())
     if log.finished:
@@ -185,27 +186,27 @@ def train_stage(args, stage, out, teacher_folder=None):
     cams, from_scratch = train.cams, args.weights == "none"
     P, K = args.batch_size // args.num_instances, args.num_instances  # clusters, images of each
     model = common.Encoder(args.arch, args.weights, parts=2, pooling="gem").on(device, args)
-    if model.parts != 2:  # whoever edits the line above learns it now and not after the warm-up
+    if model.parts != 2:  # after an edit of the line above: fail here, not after the warm-up
         raise common.Problem("mixed_distance, view_losses, the total loss and load_teacher are "
                              "written for three views (edit them together)")
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
                                  fused=device.type == "cuda")
     state = dict(generator=generator, model=model, optimizer=optimizer)
-    kept = log.restore(len(images), **state)
-    labels = kept.get("labels")
-    if not kept:  # a new run, not one that --resume goes on with
+    resumed = log.restore(len(images), **state)
+    labels = resumed.get("labels")
+    if not resumed:  # a new run
         log.epoch("start", scores=common.test(model, test_set))
         if from_scratch:  # W
             common.warm_up(model, images, cams, generator, args.warm_up)
             log.epoch("warmed up", scores=common.test(model, test_set))
 
-    before = 1 if teacher else 0  # the student's first round comes before its epochs
-    for turn in range(kept["epoch"] + before if kept else 0, args.epochs + before):
-        first_round, epoch = turn < before, turn - before
+    extra = 1 if teacher else 0  # the student's first round, before its first epoch
+    for turn in range(resumed["epoch"] + extra if resumed else 0, args.epochs + extra):
+        first_round, epoch = turn < extra, turn - extra
 
         # ---- 1 features of three views: global, upper half, lower half
-        sees = teacher if first_round else model
-        features = common.extract_features(sees, images)                          # (3, N, D)
+        network = teacher if first_round else model
+        features = common.extract_features(network, images)                       # (3, N, D)
 
         # ---- 2 pseudo labels: dense groups of images that share neighbours in all views
         centred = common.centre_cameras(features, cams) if args.centre else features  # W
@@ -225,7 +226,7 @@ def train_stage(args, stage, out, teacher_folder=None):
         means, iters = common.Means(), args.iters * (2 if first_round else 1)
         batches = common.pk_batches(labels, cams, P, K, iters, generator)
         for step, index in log.steps(batches, f"epoch {epoch + 1}", iters):
-            # 5a features of augmented images, chunk by chunk as if on --bn-splits GPUs
+            # 5a features of augmented images, in --bn-splits chunks as if on that many GPUs
             batch = common.augment(common.take(images, index, device), generator,
                                    jitter=.5 if from_scratch else 0)
             f = common.forward(model, batch, args.bn_splits)                      # (3, B, D)
@@ -233,10 +234,10 @@ def train_stage(args, stage, out, teacher_folder=None):
             k = y[index]                                                          # (B,)
             D_g = D_u = D_d = 0
 
-            # 5b similarity to clusters, label noise included
+            # 5b similarity to clusters, with their label noise
             L_g, L_u, L_d = view_losses(f, memory, k, args.temp)
 
-            # 5c the teacher saw through some of the noise: its features of the same images
+            # 5c the target: the teacher's features of the same images, less affected by the noise
             if teacher and args.mu:
                 t = common.forward(teacher, batch, args.bn_splits)                # (3, B, D)
                 D_g, D_u, D_d = distillation_losses(f, t)
@@ -244,7 +245,7 @@ def train_stage(args, stage, out, teacher_folder=None):
             # 5f total loss, step
             loss = ((1 - args.l2) * (L_g + args.mu * D_g) + args.l2 * (L_u + args.mu * D_u)
                     + args.l2 * (L_d + args.mu * D_d))
-            turns = args.epochs + before  # N1
+            turns = args.epochs + extra  # N1
             cosine = .5 + .5 * math.cos(math.pi * (turn + step / iters) / turns)
             factor = .1 ** (turn // args.lr_drop) if args.lr_drop else cosine
             optimizer.param_groups[0]["lr"] = args.lr * factor
@@ -253,7 +254,7 @@ def train_stage(args, stage, out, teacher_folder=None):
             common.average_gradients(optimizer)
             optimizer.step()
 
-            # 5g memories follow the batch, so that they keep up with the network
+            # 5g momentum update of the memories, so that they keep up with the network
             if not first_round:
                 for v in range(len(memory)):
                     common.update_memory(memory[v], f[v].detach(), k, args.momentum, K)

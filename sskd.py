@@ -1,43 +1,43 @@
 """SSKD: Self-supervised knowledge distillation for cross domain adaptive person re-identification
 Yin, Qiu, Zhang, Ma, Guo; arXiv 2009.05972, 2020
 
-A network trained on a labelled source is worth little on an unlabelled target: the domain gap. SSKD
-adapts it in two ways. Identity learning takes clusters of the target for people: exact labels for
-images that are confidently distinguished, but noisy, and blind to fine detail. Soft label learning
-takes labels for distributions: an image belongs to several related clusters, as a slowly evolving
-network tells its peer about augmented views.
+A network trained on a labelled source set works badly on an unlabelled target set, because of the
+domain gap. SSKD adapts it in two ways. Identity learning treats clusters of the target as people:
+exact labels for images that are confidently distinguished, but noisy and blind to fine detail. Soft
+label learning treats labels as distributions: an image belongs to several related clusters, to the
+degrees that a slowly evolving network predicts for its peer from augmented views.
 
-An epoch on the target ([paper]: abstract or introduction; [code]: the authors' released code)
+One epoch on the target ([paper]: abstract or introduction; [code]: the authors' released code)
   0 networks M_1..M_n, trained on the source, and slow copies E_1..E_n [code]   train_source
   1 extract features of all target images: unit(mean of E_1..E_n) [code]   common.extract_features
-  2 pseudo labels: Jaccard distance, DBSCAN [code]; outliers are the images that are not confidently
-    distinguished                                        common.jaccard_distance, adaptive_eps
+  2 pseudo labels: Jaccard distance, DBSCAN [code]; images that are not confidently distinguished
+    become outliers                                      common.jaccard_distance, adaptive_eps
   3 (no refinement in this paper)
-  4 classifiers: their rows are the clusters' unit means; a new Adam [code]   common.cluster_means
+  4 classifiers, with the clusters' unit means as rows; a new Adam [code]   common.cluster_means
   5 for every batch of P clusters x K images
     5a n augmented views of every image [paper], the i-th for M_i and E_i [code]   common.augment
     5b L_id: identity learning, hard labels [paper]      cross-entropy, smoothed [code]
     5c L_soft: soft labels, from the peer's slow copy [paper]   soft_labels, soft_label_loss
     5d L_ms: similarities within the batch [code]        multi_similarity_loss N1
-    5e L_nuc: predictions sure and varied [code]         nuclear_norm_loss N1
+    5e L_nuc: confident and diverse predictions [code]   nuclear_norm_loss N1
     5f L = id L_id + soft L_soft + ms L_ms + nuc L_nuc [code], optimiser step
     5g E <- alpha_t E + (1 - alpha_t) M, alpha_t = min(1 - 1/(t+1), alpha) [code]   follow
   6 report, evaluate, save                               common.label_quality, test, Log.epoch
 Symbols: B(x) output of the batch-norm neck, of length near sqrt(D); z = W B(x) / tau, W classifier,
-  tau --temp; k = y(i) cluster; n --nets; t steps so far; the others are flags
-Differences from the code, and choices where it does not speak
-  D1 classifiers are made new for each epoch's clusters; of the code's wider ones C rows are used
-  D2 backward runs network by network: same gradients, a third of the activations
-  D3 last source epoch, then E_1 of the last epoch; the code takes the best source epoch, then the
-     best of three networks x 20 epochs, by the scores on both test sets
-  D4 toy domains: tau 2 (code 1), alpha .9 (.999), both chosen by scores (tests/RESULTS.md); rho
-     .015 (1.6e-3), lr on a cosine (constant)
+  tau --temp; k = y(i) cluster; n --nets; t steps so far; id, soft, ms, nuc, alpha: flags
+Differences from the code (its choice in brackets), and our choices where it says nothing
+  D1 each epoch has new classifiers of C rows, one a cluster (wider ones, of which C rows are used)
+  D2 the backward pass runs network by network: same gradients, a third of the activations
+  D3 last source epoch, then E_1 of the last epoch (best source epoch, then the best of three
+     networks x 20 epochs, both by scores on the test sets)
+  D4 toy domains: tau 2 (1), alpha .9 (.999), both chosen by scores (tests/RESULTS.md); rho .015
+     (1.6e-3), lr on a cosine (constant)
   D5 a ReLU after the first batch norm (none); Jaccard distance of 20 columns (21), weights exp(-d)
      (d over its column's largest); seeds from --seed (1, 2, 3)
-  N1 whether L_ms and L_nuc are the paper's too we do not know: --ms 0 --nuc 0
+  N1 we do not know whether the paper has L_ms and L_nuc too; --ms 0 --nuc 0 leaves them out
   W  --weights none adds what no paper claims: colour jitter on the target, IBN-a blocks, and
-     --centre: each network's features less their camera's mean, before clustering and in soft
-     labels, whose classifiers stay for the epoch: centred rows must not be averaged with others
+     --centre: each camera's mean feature is subtracted before clustering and in soft labels; slow
+     classifiers are then fixed for an epoch, as centred rows must not be averaged with others
 Run
   python sskd.py                                     toy domains, 2 CPU cores: 199 s, 76 mAP
   python sskd.py --source msmt17 --data market1501   one GPU of 16 GB: not measured
@@ -62,31 +62,31 @@ SETTINGS = {  # defaults of the flags; D4
                        lr_drop=1000, bn_splits=4, eval_every=5)}
 SETTINGS["toy-source"] = dict(SETTINGS["toy"], source="toy")
 SETTINGS["msmt17"] = dict(SETTINGS["market1501"], source="market1501")
-WEIGHT_DECAY, SMOOTHING = 5e-4, .1  # SMOOTHING: share of a hard label that is spread over all
+WEIGHT_DECAY, SMOOTHING = 5e-4, .1  # SMOOTHING: share of a hard label spread over all classes
 TARGET_FLAGS = ("sources", "nets", "id", "soft", "ms", "nuc", "alpha", "shared_view", "rho", "eps",
-                "k1", "epochs", "iters", "lr_drop", "centre", "true_ids")  # not of the source
+                "k1", "epochs", "iters", "lr_drop", "centre", "true_ids")  # not the source's
 
 
 def get_args(argv=None):
     number, parser = common.number, common.Parser(__doc__)
     weight = number(float, 0)
     add = parser.add_argument_group("paper (default / published); weight 0: off").add_argument
-    add("--source", help="the labelled data set: a folder or a name, as --data (%(default)s)")
+    add("--source", help="the labelled data set, a folder or a name as in --data (%(default)s)")
     add("--sources", help="folder of finished source networks, of any --seed (OUT/source)")
-    add("--nets", type=number(int, 1, 9), default=3, help="n, networks; the peer of 1 is its own "
-        "copy (%(default)s / 3)")
+    add("--nets", type=number(int, 1, 9), default=3, help="n, number of networks; with 1, its own "
+        "copy is its peer (%(default)s / 3)")
     add("--id", type=weight, default=.5, help="weight of L_id (%(default)s / 0.5)")
     add("--soft", type=weight, default=.5, help="weight of L_soft (%(default)s / 0.5)")
     add("--ms", type=weight, default=3, help="weight of L_ms (%(default)s / 3)")
     add("--nuc", type=weight, default=1.5, help="weight of L_nuc (%(default)s / 1.5)")
     add("--alpha", type=number(float, 0, 1), help="decay of slow copies (%(default)s / 0.999)")
-    add("--shared-view", action="store_true", help="one view for all networks")
-    add("--temp", type=number(float, 1e-3), help="tau; higher, softer labels (%(default)s / 1)")
-    add("--rho", type=number(float, 1e-9, 1), help="share of all pairs taken for one person's: "
-        "DBSCAN's radius is their mean distance (%(default)s / 1.6e-3)")
-    add("--eps", type=number(float, 0, 1), default=0, help="DBSCAN's radius; 0: by --rho (0)")
-    add("--k1", type=number(int, 1), help="neighbours in the Jaccard distance, about the images of "
-        "a person (%(default)s / 20)")
+    add("--shared-view", action="store_true", help="the same view for all networks")
+    add("--temp", type=number(float, 1e-3), help="tau; higher: softer labels (%(default)s / 1)")
+    add("--rho", type=number(float, 1e-9, 1), help="share of all pairs, the closest ones, whose "
+        "mean distance is DBSCAN's radius (%(default)s / 1.6e-3)")
+    add("--eps", type=number(float, 0, 1), default=0, help="DBSCAN's radius; 0: from --rho (0)")
+    add("--k1", type=number(int, 1), help="neighbours in the Jaccard distance, about as many "
+        "as a person has images (%(default)s / 20)")
     add("--source-epochs", type=number(int, 1), help="epochs on the source (%(default)s / 80)")
     add("--source-iters", type=number(int, 1), help="batches per source epoch (%(default)s / 100)")
     common.add_schedule_flags(parser, SETTINGS["market1501"])
@@ -95,21 +95,21 @@ def get_args(argv=None):
     if args.source == args.data:
         raise common.Problem(f"--source and --data are both {args.data} (name two data sets)")
     if not (args.id or args.soft or args.ms):
-        raise common.Problem("--id 0 --soft 0 --ms 0: clusters teach nothing (raise one of them)")
+        raise common.Problem("--id 0 --soft 0 --ms 0: no loss uses the labels (raise one of them)")
     return args
 
 
-# ======================================================= the paper's steps, as the loop meets them
+# ========================================================= the paper's steps, in the loop's order
 
 
 def adaptive_eps(distance, rho):
-    """Step 2: mean of the smallest share `rho` of the distances between two images. Sparse (N, N):
-    what is not stored is at distance 1. Duplicates, at 0 but for rounding (1e-6), do not count."""
+    """Step 2: mean of the smallest share `rho` of all distances between two images. Sparse (N, N):
+    a pair that is not stored has distance 1. Duplicates, at 0 up to rounding, do not count."""
     n, row = distance.shape[0], common.per_entry(np.arange(distance.shape[0]), distance)
     stored = distance.data[row < distance.indices]
-    near = np.sort(stored[stored > 1e-6])
-    take = max(1, round(rho * (n * (n - 1) // 2 - (len(stored) - len(near)))))
-    return float((near[:take].sum(dtype=np.float64) + max(0, take - len(near))) / take)
+    distinct = np.sort(stored[stored > 1e-6])
+    count = max(1, round(rho * (n * (n - 1) // 2 - (len(stored) - len(distinct)))))
+    return float((distinct[:count].sum(dtype=np.float64) + max(0, count - len(distinct))) / count)
 
 
 def soft_label_loss(z, soft):
@@ -118,11 +118,11 @@ def soft_label_loss(z, soft):
 
 
 def multi_similarity_loss(pooled, labels, threshold=.5, margin=.1, low=2., high=40.):
-    """L_ms (Wang et al., CVPR 2019): pairs that are hard for their anchor, by cosines S of pooled
-    (B, D); a positive at 1, the anchor or its duplicate, is left out. Kept are positives below the
-    hardest negative + margin and negatives above the hardest positive - margin; if there are both,
+    """L_ms (Wang et al., CVPR 2019), from the cosines S of pooled (B, D). A positive at S = 1, the
+    anchor or its duplicate, is left out. For each anchor, keep the positives below its hardest
+    negative + margin and the negatives above its hardest positive - margin. Anchors with both give
     log(1 + sum_pos exp(-low (S - threshold))) / low + log(1 + sum_neg exp(high (S - threshold))) /
-    high. Sum over anchors / B."""
+    high, the others 0. Mean over anchors."""
     unit = F.normalize(pooled.float())
     similarity = unit @ unit.T                                                    # (B, B)
     same = labels[:, None] == labels
@@ -135,27 +135,27 @@ def multi_similarity_loss(pooled, labels, threshold=.5, margin=.1, low=2., high=
     def term(scale, pairs):
         logits = (scale * (similarity - threshold)).masked_fill(~pairs, -math.inf)
         return F.pad(logits, (1, 0)).logsumexp(1) / abs(scale)                    # log(1 + ...)
-    both = positive.any(1) & negative.any(1)
-    return torch.where(both, term(-low, positive) + term(high, negative), 0).mean()
+    has_both = positive.any(1) & negative.any(1)
+    return torch.where(has_both, term(-low, positive) + term(high, negative), 0).mean()
 
 
 def nuclear_norm_loss(z):
-    """L_nuc (batch nuclear norm, Cui et al., CVPR 2020): -||softmax(z)||_* / B; z (B, C)."""
+    """L_nuc (batch nuclear norm, Cui et al., CVPR 2020): -||softmax(z)||_* / B. z (B, C)."""
     p = z.float().softmax(1).nan_to_num()  # svdvals refuses NaN; the other terms report it
     return -torch.linalg.svdvals(p).sum() / len(z)
 
 
 @torch.no_grad()
 def follow(slow, fast, alpha):
-    """Step 5g: E <- alpha E + (1 - alpha) M, parameters; batch-norm statistics stay E's own."""
+    """Step 5g: E <- alpha E + (1 - alpha) M for parameters; E keeps its batch-norm statistics."""
     for parameter, source in zip(slow, fast):
         parameter.lerp_(source, 1 - alpha)
 
 
 @torch.no_grad()
 def soft_labels(slow, classifiers, views, camera_means, index, args):
-    """Step 5c: what each slow copy says of its view -> distributions (n, B, C). W: with the copy's
-    camera_means (n, N, D), that of the image's camera is taken out of the direction of B(x)."""
+    """Step 5c: the prediction of each slow copy for its view -> distributions (n, B, C). W: if
+    camera_means (n, N, D) are given, the image's is subtracted from the direction of B(x)."""
     soft = []
     for i, net in enumerate(slow):
         _, neck = common.forward(net, views[i], args.bn_splits, inside=True)      # (B, D)
@@ -167,8 +167,8 @@ def soft_labels(slow, classifiers, views, camera_means, index, args):
 
 
 def train_source(args, i, device, images):
-    """Step 0: network M_i learns the people of the source, unless it has -> last.pt. `images` of
-    the target only pass, without gradient, so that the batch norms have seen them [code]."""
+    """Step 0: train network M_i on the people of the source, unless done before -> path of last.pt.
+    The target's `images` are forwarded without gradient, so that batch norm sees them [code]."""
     folder = os.path.join(args.sources or os.path.join(args.first_stage, "source"), str(i))
     path = os.path.join(folder, "last.pt")
     if args.sources and not os.path.exists(path):
@@ -189,18 +189,18 @@ def train_source(args, i, device, images):
     optimizer = torch.optim.Adam([*model.parameters(), *classifier.parameters()], args.lr,
                                  weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
     state = dict(generator=generator, model=model, classifier=classifier, optimizer=optimizer)
-    kept = log.restore(len(labels), **state)
+    resumed = log.restore(len(labels), **state)
     P, K = args.batch_size // args.num_instances, args.num_instances  # people, images of each
     model.train()
-    for epoch in range(kept.get("epoch", 0), args.source_epochs):
+    for epoch in range(resumed.get("epoch", 0), args.source_epochs):
         done = (epoch + 1) / args.source_epochs
         rise, drops = min(1, .01 + .99 * 8 * done), (done >= 1 / 2) + (done >= 7 / 8)
         optimizer.param_groups[0]["lr"] = args.lr * rise * .1 ** drops
         means, title = common.Means(), f"source {i}, {epoch + 1}"
         batches = common.pk_batches(labels, source.cams, P, K, args.source_iters, generator)
         for _, index in log.steps(batches, title, args.source_iters):
-            passing = torch.randperm(len(images), generator=generator)[:len(index)]
-            batch = common.augment(common.take(images, passing, device), generator, erase=0)
+            target = torch.randperm(len(images), generator=generator)[:len(index)]
+            batch = common.augment(common.take(images, target, device), generator, erase=0)
             with torch.no_grad():
                 common.forward(model, batch, args.bn_splits)
             batch = common.augment(common.take(source_images, index, device), generator, erase=0)
@@ -230,22 +230,22 @@ def main(argv=None):
     cams, from_scratch = train.cams, args.weights == "none"
     P, K = args.batch_size // args.num_instances, args.num_instances  # clusters, images of each
     paths = [train_source(args, i + 1, device, images) for i in range(args.nets)]
-    generator = common.seed_everything(args.seed)  # so trained and found sources give the same run
+    generator = common.seed_everything(args.seed)  # gives the same run with sources trained earlier
     students = torch.nn.ModuleList(common.load_encoder(path)[0].on(device, args) for path in paths)
-    slow = copy.deepcopy(students).requires_grad_(False)  # students M_1..M_n, slow E_1..E_n
+    slow = copy.deepcopy(students).requires_grad_(False)  # students: M_1..M_n; slow: E_1..E_n
     state = dict(generator=generator, students=students, slow=slow)
-    kept = log.restore(len(images), **state)
-    labels, radius = kept.get("labels"), kept.get("radius")
-    if not kept:  # a new run, not one that --resume goes on with
+    resumed = log.restore(len(images), **state)
+    labels, radius = resumed.get("labels"), resumed.get("radius")
+    if not resumed:  # a new run
         log.epoch("source only", scores=common.test(slow[0], test_set))
 
-    for epoch in range(kept.get("epoch", 0), args.epochs):
+    for epoch in range(resumed.get("epoch", 0), args.epochs):
         # ---- 1 features: the mean of the slow copies
-        each = torch.stack([common.extract_features(net, images) for net in slow])  # (n, N, D)
-        features = F.normalize(each.sum(0))                                       # (N, D)
+        every = torch.stack([common.extract_features(net, images) for net in slow])  # (n, N, D)
+        features = F.normalize(every.sum(0))                                      # (N, D)
 
         # ---- 2 pseudo labels: dense groups of images that share neighbours
-        centred = common.centre_cameras(each, cams) if args.centre else each  # W
+        centred = common.centre_cameras(every, cams) if args.centre else every  # W
         centred = F.normalize(centred.sum(0))                                     # (N, D)
         if args.true_ids:
             labels, radius = common.renumber(train.pids), 0                       # (N,)
@@ -256,11 +256,11 @@ def main(argv=None):
                                    instead=labels if args.on_collapse == "skip" else None,
                                    flag="--eps" if args.eps else "--rho")
 
-        # ---- 4 classifiers of every network and every copy: unit means, of unit features
-        rows = common.cluster_means(features, labels)                             # (C, D)
-        classifiers = [rows.clone().requires_grad_() for _ in students]  # D1
+        # ---- 4 classifiers of every network and every copy: the clusters' unit means
+        centroids = common.cluster_means(features, labels)                        # (C, D)
+        classifiers = [centroids.clone().requires_grad_() for _ in students]  # D1
         slow_classifiers = [common.cluster_means(centred, labels) for _ in slow]
-        camera_means = common.camera_means(each, cams) if args.centre else None  # (n, N, D)
+        camera_means = common.camera_means(every, cams) if args.centre else None  # (n, N, D)
         optimizer = torch.optim.Adam([*classifiers, *students.parameters()], args.lr,
                                      weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
         y = torch.from_numpy(labels).to(device)
@@ -271,7 +271,7 @@ def main(argv=None):
         means = common.Means()
         batches = common.pk_batches(labels, cams, P, K, args.iters, generator)
         for step, index in log.steps(batches, f"epoch {epoch + 1}", args.iters):
-            # 5a augmented views: what differs between them is not who the person is
+            # 5a augmented views of the same images, one for each network and its copy
             views = [common.augment(common.take(images, index, device), generator,
                                     jitter=.5 if from_scratch else 0)
                      for _ in range(1 if args.shared_view else args.nets)]
@@ -279,17 +279,17 @@ def main(argv=None):
             index = common.send(index, device)
             k = y[index]                                                          # (B,)
 
-            # 5c what the slow copies say of the views: related clusters, without gradient
+            # 5c soft labels: related clusters, predicted by the slow copies without gradient
             soft = soft_labels(slow, slow_classifiers, views, camera_means, index, args)
-            own = soft.gather(2, k.expand(args.nets, -1)[:, :, None])
-            means.add(entropy=torch.special.entr(soft).sum(2).mean(), own=own.mean())
+            own_weight = soft.gather(2, k.expand(args.nets, -1)[:, :, None])
+            means.add(entropy=torch.special.entr(soft).sum(2).mean(), own=own_weight.mean())
             optimizer.zero_grad()
             for i in range(args.nets):
                 pooled, neck = common.forward(students[i], views[i], args.bn_splits, inside=True)
                 z = neck @ classifiers[i].T / args.temp                           # (B, C)
                 L_id = L_soft = L_ms = L_nuc = 0
 
-                # 5b-5e hard labels, soft labels of the peer's copy, pairs, predictions
+                # 5b-5e hard labels, the peer copy's soft labels, pairs, diverse predictions
                 if args.id:
                     L_id = F.cross_entropy(z, k, label_smoothing=SMOOTHING)
                 if args.soft:
@@ -299,7 +299,7 @@ def main(argv=None):
                 if args.nuc:
                     L_nuc = nuclear_norm_loss(z)
 
-                # 5f total loss of a network, step of all
+                # 5f total loss of each network, then one step of all
                 loss = args.id * L_id + args.soft * L_soft + args.ms * L_ms + args.nuc * L_nuc
                 loss.backward()  # D2
                 means.add(id=L_id, soft=L_soft, ms=L_ms, nuc=L_nuc)
@@ -309,7 +309,7 @@ def main(argv=None):
             common.average_gradients(optimizer)
             optimizer.step()
 
-            # 5g slow copies follow, and so forget the noise of single steps
+            # 5g the slow copies follow, which averages out the noise of single steps
             alpha_t = min(1 - 1 / (epoch * args.iters + step + 1), args.alpha)
             follow(slow.parameters(), students.parameters(), alpha_t)
             if not args.centre:  # W

@@ -1,14 +1,14 @@
-"""Run the rows of a table with several seeds, and print the table: mean, deviation, seed by seed.
+"""Run the rows of a table with several seeds, and print mean, standard deviation and every seed.
 
-  python tests/ablate.py sskd-toy               run what is not in results.jsonl yet, then print
+  python tests/ablate.py sskd-toy               run what results.jsonl lacks, then print
   python tests/ablate.py sskd-toy --print       only print
-  python tests/ablate.py verdicts               the README's table: each paper's claim, and what of
-                                                it was shown
+  python tests/ablate.py verdicts               the README's table: the papers' claims, and whether
+                                                each was shown
   python tests/ablate.py ccsd-market --root data --weights FILE      a table on real images
 
-Two runs at a time, one thread each; Ctrl-C at any time, the same command goes on. A finished run
-adds a line to tests/results.jsonl, and every figure of a printed table comes from that file. The
-differences are paired by seed; the intervals are Student's.
+Two runs at a time, with one thread each. Ctrl-C stops at any time, and the same command continues.
+A finished run adds a line to tests/results.jsonl; all printed numbers come from that file.
+Differences are paired by seed; intervals are Student's t, at 95 %.
 """
 
 import argparse
@@ -30,15 +30,15 @@ TEN, THREE = range(10), range(3)
 
 
 class Row(NamedTuple):
-    flags: str          # {NAME} stands for the folder of that row's run with the same seed
-    against: str = ""   # the row whose scores are subtracted
+    flags: str          # {NAME}: the folder of the run of row NAME with the same seed
+    against: str = ""   # the row that this one is compared with
     seeds: range = TEN
 
 
 class Table(NamedTuple):
     page: str
     rows: dict          # name: Row
-    flags: str = ""     # of every row
+    flags: str = ""     # added to those of every row
     real: bool = False  # needs --root and --weights
 
 
@@ -121,7 +121,7 @@ def folder(name, row, seed):
 
 
 def command(name, row, seed):
-    """-> what is run, as a list of words, and what identifies it among the results."""
+    """-> the command to run and the key of its result, as lists of words."""
     table = TABLES[name]
     flags = f"{table.flags} {table.rows[row].flags} --seed {seed}"
     words = flags.format_map({other: folder(name, other, seed) for other in table.rows}).split()
@@ -129,7 +129,7 @@ def command(name, row, seed):
 
 
 def read_results():
-    """-> {words of a command: what its run gave}."""
+    """-> {key of a command, as a tuple: result of its run}."""
     if not os.path.exists(RESULTS):
         return {}
     with open(RESULTS, encoding="utf-8") as file:
@@ -138,7 +138,7 @@ def read_results():
 
 
 def harvest(name, row, seed):
-    """-> the line for results.jsonl of a finished run, or None."""
+    """-> the result of a finished run, a line for results.jsonl, or None."""
     words, key = command(name, row, seed)
     out = os.path.join(TOP, folder(name, row, seed))
     out = os.path.join(out, "teacher") if "--stage teacher" in " ".join(words) else out
@@ -158,7 +158,7 @@ def harvest(name, row, seed):
 
 
 def run_table(name, more):
-    """Run what has no result yet, two seeds at a time; `more`: flags that no result depends on."""
+    """Run what has no result yet, two seeds at a time; `more`: flags left out of the key."""
     lock, rows = threading.Lock(), TABLES[name].rows
     queue = sorted({(-len(row.seeds), seed) for row in rows.values() for seed in row.seeds})
     stop, running = threading.Event(), set()
@@ -168,7 +168,7 @@ def run_table(name, more):
             with lock:
                 if not queue:
                     return
-                size, seed = queue.pop(0)  # the rows of most seeds first
+                size, seed = queue.pop(0)  # rows with the most seeds first
             for row, about in rows.items():
                 if len(about.seeds) == -size and seed in about.seeds and not stop.is_set():
                     run_row(row, seed)
@@ -215,7 +215,7 @@ def run_table(name, more):
             process.terminate()
         for worker in workers:
             worker.join()
-        print("stopped; the same command goes on")
+        print("stopped; the same command continues")
 
 
 # ========================================================================================= printing
@@ -229,13 +229,13 @@ def results_of(name, row, results):
 
 
 def spread(values):
-    """-> mean ± standard deviation, per cent."""
+    """-> mean ± standard deviation, in per cent."""
     values = 100 * np.array(values)
     return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 
 def difference(mine, other, alpha=.05):
-    """Two {seed: result} -> differences in mAP by seed, in points, and Student's interval."""
+    """Two {seed: result} -> differences in mAP by seed, in points, and Student's t interval."""
     seeds = sorted(mine.keys() & other.keys())
     by_seed = np.array([100 * (mine[seed]["scores"]["mAP"] - other[seed]["scores"]["mAP"])
                         for seed in seeds])
@@ -266,21 +266,21 @@ def print_table(name):
           + ("clusters in a soft label, weight on its own | " * soft) + "difference in mAP |")
     print("|" + "---|" * (7 + soft))
     for row, about in table.rows.items():
-        mine = runs[row]
+        found = runs[row]
         cells = [row, f"`{about.flags}`" if about.flags else ""]
-        if mine:
-            cells += [spread([x["scores"]["mAP"] for x in mine.values()]),
-                      " / ".join(f"{100 * x['scores']['mAP']:.1f}" for x in mine.values()),
-                      spread([x["scores"]["rank1"] for x in mine.values()]),
-                      f"{np.mean([x['quality']['ARI'] for x in mine.values()]):.2f}"]
+        if found:
+            cells += [spread([x["scores"]["mAP"] for x in found.values()]),
+                      " / ".join(f"{100 * x['scores']['mAP']:.1f}" for x in found.values()),
+                      spread([x["scores"]["rank1"] for x in found.values()]),
+                      f"{np.mean([x['quality']['ARI'] for x in found.values()]):.2f}"]
             if soft:
                 cells.append(", ".join(
-                    f"{np.mean([x['losses'][key] for x in mine.values()]):.2f}"
+                    f"{np.mean([x['losses'][key] for x in found.values()]):.2f}"
                     for key in ("soft_clusters", "soft_own")))
         else:
             cells += ["not run"] + [""] * (3 + soft)
         if about.against:
-            gain = difference(mine, runs[about.against])
+            gain = difference(found, runs[about.against])
             cells.append(f"to \"{about.against}\": {describe(*gain)}" if len(gain[0]) else "")
         else:
             cells.append("")
@@ -316,9 +316,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=(*TABLES, "verdicts"))
-    parser.add_argument("--print", action="store_true", help="run nothing")
+    parser.add_argument("--print", action="store_true", help="only print, run nothing")
     parser.add_argument("--root", help="where data sets are")
-    parser.add_argument("--weights", help="weights that the runs start from")
+    parser.add_argument("--weights", help="file of the initial weights")
     args = parser.parse_args()
     if args.table == "verdicts":
         return print_verdicts()
