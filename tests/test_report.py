@@ -248,7 +248,7 @@ def test_without_ids_a_report_shows_the_rest(run, tiny, tmp_path, monkeypatch, c
     assert page.heads == SECTIONS and page.text.count("Left out: the test set") == 4
     assert "Largest: cluster" in page.text and "t-SNE, marks by cluster" in page.alts
     assert "true ids: " not in page.text and ", id " not in " ".join(page.alts)
-    assert "no ids" in refusal(lambda: scoring.main([str(run)]), capsys)
+    assert "no test set with ids" in refusal(lambda: scoring.main([str(run)]), capsys)
     pictures = sorted(map(str, (tiny / "query").iterdir()))[:2]
     found = scoring.main([str(run), "--pairs", *pictures])
     assert list(found) == ["similarity"] and "query" not in capsys.readouterr().out
