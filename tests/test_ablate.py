@@ -1,0 +1,76 @@
+"""The program that fills the tables of results: its commands, its statistics, its file."""
+
+import json
+import os
+
+import ablate
+import numpy as np
+import pytest
+from scipy import stats
+
+import ccsd
+import mskd
+import sskd
+
+PAGES = {"ccsd.py": ccsd, "mskd.py": mskd, "sskd.py": sskd}
+
+
+def test_every_command_parses_and_has_a_folder_of_its_own():
+    folders = set()
+    for name, table in ablate.TABLES.items():
+        for row, about in table.rows.items():
+            assert not about.against or about.against in table.rows
+            for seed in about.seeds:
+                (page, *words), _ = ablate.command(name, row, seed)
+                args = PAGES[page].get_args(words)
+                assert args.seed == seed and args.out not in folders
+                folders.add(args.out)
+    for _, _, page, row, against in ablate.VERDICTS:
+        for data in ("toy", "market"):
+            assert {row, against} <= ablate.TABLES[f"{page}-{data}"].rows.keys()
+
+
+def test_differences_are_paired_and_their_interval_is_student_s():
+    rng = np.random.default_rng(0)
+    mine, other = ({seed: dict(scores=dict(mAP=value)) for seed, value in enumerate(rng.random(9))}
+                   for _ in range(2))
+    del other[3]
+    by_seed, (low, high) = ablate.difference(mine, other)
+    pairs = [[100 * run[seed]["scores"]["mAP"] for seed in range(9) if seed != 3]
+             for run in (mine, other)]
+    np.testing.assert_allclose(by_seed, np.subtract(*pairs))
+    wanted = stats.ttest_rel(*pairs).confidence_interval(.95)
+    assert (low, high) == pytest.approx((wanted.low, wanted.high))
+    assert ablate.describe(np.array([1., -2., 4.]), (-6., 8.)) == (
+        "+1.0 [-6.0, 8.0], 2 of 3 seeds gain")
+
+
+def test_a_table_prints_what_the_file_holds(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "RESULTS", str(tmp_path / "results.jsonl"))
+    with open(ablate.RESULTS, "w") as file:
+        for row, gain in (("+ split", 0), ("+ split + cross", .1)):
+            for seed in range(2):
+                _, key = ablate.command("ccsd-toy", row, seed)
+                result = dict(command=" ".join(key), commit="abc", torch="2", threads=1, seconds=60,
+                              scores=dict(mAP=.5 + .2 * seed + gain, rank1=.7),
+                              quality=dict(ARI=.6), losses=dict(base=1))
+                file.write(json.dumps(result) + "\n")
+    ablate.print_table("ccsd-toy")
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if line.startswith("| + split + cross |"))
+    assert "| 70.0 ± 14.1 | 60.0 / 80.0 |" in row and '+10.0' in row and "2 of 2 seeds" in row
+    assert "not run" in next(line for line in lines if "bound" in line)
+    ablate.print_verdicts()
+    assert "not run" in capsys.readouterr().out
+    for toy, market, words in (((1, 2), (.1, 3), "shown"), ((-3, -1), (-2, -1), "refuted"),
+                               ((1, 2), (-1, 3), "shown on the toy set"),
+                               ((-1, 2), (1, 2), "not shown"),
+                               ((-np.inf, np.inf), (1, 2), "not shown")):
+        assert ablate.verdict_of(toy, market) == words
+
+
+def test_the_results_are_of_known_commands():
+    assert os.path.exists(ablate.RESULTS)
+    known = {tuple(ablate.command(name, row, seed)[1]) for name, table in ablate.TABLES.items()
+             for row, about in table.rows.items() for seed in about.seeds}
+    assert set(ablate.read_results()) <= known
