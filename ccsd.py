@@ -36,7 +36,7 @@ Differences from the paper are unknown: we had only its abstract and introductio
   W  --weights none adds what no paper claims: a warm-up without labels, colour jitter, IBN-a blocks
      in the small network, and --centre: subtract each camera's mean feature before clustering
 Run
-  python ccsd.py                                     toy set, 2 CPU cores: about 80 s, 78 mAP
+  python ccsd.py                                     toy set, 2 CPU cores: about 90 s, 78 mAP
   python ccsd.py --data market1501 --root data       one GPU of 24 GB, estimated: not measured
 """
 

@@ -57,7 +57,8 @@ def draw_set(root, seed=1, domain="toy"):
         for part in FOLDERS:
             os.makedirs(os.path.join(draft, "new", part))
         frame = 0
-        for person, looks, camera, parts in tqdm(plan, f"drawing {root}", leave=False):
+        bar = tqdm(plan, f"drawing {root}", leave=False, disable=None)
+        for person, looks, camera, parts in bar:
             view = rng.choice(3, p=.25 + .25 * cameras[camera]["views"])
             light, cover = np.exp(rng.normal(0, .08)), rng.random() < .12 and rng.integers(1, 3)
             for shot, part in enumerate(parts):
