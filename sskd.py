@@ -39,7 +39,7 @@ Differences from the code (its choice in brackets), and our choices where it say
      --centre: each camera's mean feature is subtracted before clustering and in soft labels; slow
      classifiers are then fixed for an epoch, as centred rows must not be averaged with others
 Run
-  python sskd.py                                     toy domains, 2 CPU cores: 199 s, 76 mAP
+  python sskd.py                                     toy domains, 2 CPU cores: 287 s, 78 mAP
   python sskd.py --source msmt17 --data market1501   one GPU of 16 GB: not measured
 """
 
