@@ -42,7 +42,7 @@ Not stated in paper or code, our choices
   W  --weights none adds what no paper claims: a warm-up without labels, colour jitter, IBN-a blocks
      in the small network, and --centre: subtract each camera's mean feature before clustering
 Run
-  python mskd.py                                     toy set, 2 CPU cores: 139 s, 85 mAP
+  python mskd.py                                     toy set, 2 CPU cores: 212 s, 85 mAP
   python mskd.py --data market1501 --root data       one GPU of 24 GB, estimated: not measured
 """
 
