@@ -1352,7 +1352,7 @@ class Log:
                 hours = (time.time() - start) / (step - 2) * iters * self.total / 3600
                 if hours > .2:
                     say(f"about {hours:.1f} hours of training steps for {self.total} epochs" + (
-                        f"; on a CPU these flags need an hour or two: {ON_A_CPU}"
+                        f"; for a CPU, much smaller: {ON_A_CPU}"
                         if self.device.type == "cpu" and hours > 3 else ""), sys.stderr)
             yield step, index
 

@@ -1,7 +1,6 @@
 """Runs to trust: stopped, killed, out of disk, resumed; and no hostile file is obeyed."""
 
 import itertools
-import json
 import os
 import random
 import re
