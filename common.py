@@ -446,18 +446,6 @@ def first_columns(rank, k):
     return csr_array((np.ones(first.size, np.float32), first.ravel(), indptr), (len(rank),) * 2)
 
 
-def cosines(features, matrix):
-    """-> the cosine of images i and j for each stored entry (i, j) of the CSR matrix, float32."""
-    row = per_entry(np.arange(matrix.shape[0]), matrix)
-    cosine = np.empty(matrix.nnz, np.float32)
-    pieces = matrix.nnz * features.shape[1] // 2**20 + 1  # of 2^20 numbers, which fit the cache
-    for part in np.array_split(np.arange(matrix.nnz), pieces):
-        i, j = (torch.from_numpy(ends[part]).to(features.device).long()
-                for ends in (row, matrix.indices))
-        cosine[part] = (features[i] * features[j]).sum(1).cpu().numpy()
-    return cosine
-
-
 def per_entry(values, matrix):
     """Repeat each row's value for all stored entries of that row of the CSR matrix."""
     return np.repeat(values, np.diff(matrix.indptr))
@@ -737,6 +725,18 @@ def statistics_once(model):
     finally:
         for norm, kept in zip(norms, before):
             norm.momentum, norm.num_batches_tracked = kept
+
+
+def cosines(features, matrix):
+    """-> the cosine of images i and j for each stored entry (i, j) of the CSR matrix, float32."""
+    row = per_entry(np.arange(matrix.shape[0]), matrix)
+    cosine = np.empty(matrix.nnz, np.float32)
+    pieces = matrix.nnz * features.shape[1] // 2**20 + 1  # of 2^20 numbers, which fit the cache
+    for part in np.array_split(np.arange(matrix.nnz), pieces):
+        i, j = (torch.from_numpy(ends[part]).to(features.device).long()
+                for ends in (row, matrix.indices))
+        cosine[part] = (features[i] * features[j]).sum(1).cpu().numpy()
+    return cosine
 
 
 def bfloat16_pays(features, k):

@@ -1,0 +1,148 @@
+"""What does a teacher know that its student does not? Measured during a run of a page.
+
+  python tests/knowledge.py sskd                     seed 0 of the toy set
+  python tests/knowledge.py ccsd 0 1 2 --cross 0     means of three seeds, with flags of the page
+
+The page runs as it is; this program only watches its distillation loss. It compares the choices of
+teacher and student with the true ids, which training never sees. In CCSD and SSKD a choice is a
+cluster, which is right if most of its images show the image's person. In MSKD it is the nearest
+image of another camera in the batch, and the label's choice is another image of the cluster. CCSD
+chooses among the clusters that both cameras see, once for every other camera. A round is a
+clustering and the batches after it. Columns, in per cent of the images in a round's batches:
+
+  label, teacher, student     choices that are right
+  differ: teacher, student    images for which teacher and student choose differently; of these,
+                              the choices of each that are right
+  wrong: teacher, student     images whose label is wrong; of these, the choices that are right
+  spread: teacher, student    how many candidates they weigh: exp(mean entropy)
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import tempfile
+
+import numpy as np
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import common  # noqa: E402
+
+HEAD = ("round", "label", "teacher", "student", "differ", "teacher", "student", "wrong", "teacher",
+        "student", "spread: teacher", "student")
+
+
+class Watch:
+    """True ids, pseudo labels and batch of the moment; sums over the images of every round."""
+
+    def __init__(self, page):
+        self.page, self.sums = page, []
+        original, patched = common.read_data, {"ccsd": self.ccsd, "mskd": self.mskd,
+                                               "sskd": self.sskd}[page.__name__]
+
+        def read_data(*args):
+            self.train, *rest = original(*args)
+            return self.train, *rest
+        common.read_data, common.pk_batches = read_data, self.batches(common.pk_batches)
+        patched()
+
+    def batches(self, original):
+        def pk_batches(labels, *args):
+            self.labels, pids = labels, self.train.pids
+            if len(labels) == len(pids):  # not those of a source
+                clusters = range(labels.max() + 1)
+                self.persons = np.array([np.bincount(pids[labels == c]).argmax() for c in clusters])
+            self.sums.append(0)
+            for index in original(labels, *args):
+                self.index = index.numpy()
+                yield index
+        return pk_batches
+
+    def compare(self, teacher, student, label, right):
+        """teacher, student: distributions (b, C); label (b,): the label's choice; right (b, C)."""
+        teacher, student, rows = teacher.cpu(), student.cpu(), torch.arange(len(label))
+        t, s, l = (right[rows, choice] for choice in (teacher.argmax(1), student.argmax(1), label))
+        differ = teacher.argmax(1) != student.argmax(1)
+        entropy = [torch.special.entr(x).sum(1) for x in (teacher, student)]
+        self.sums[-1] += torch.stack([x.double().sum() for x in (
+            torch.ones(len(label)), l, t, s, differ, differ & t, differ & s, ~l, ~l & t, ~l & s,
+            *entropy)])
+
+    def ccsd(self):
+        original = self.page.distillation_loss
+
+        def distillation_loss(similarity, group, parent, camera, table, temp):
+            scores = (similarity.detach() / temp)[:, table.clamp(min=0)].cpu()    # (B, C, V)
+            k, v, seen = parent[group].cpu(), camera[group].cpu(), (table >= 0).cpu()
+            right = torch.from_numpy(self.persons == self.train.pids[self.index][:, None])
+            teacher = scores[torch.arange(len(k)), :, v]                          # (B, C)
+            for w in range(table.shape[1]):
+                shared = seen[:, v].T & seen[:, w]                                # (B, C)
+                valid = seen[k, w] & (v != w) & (shared.sum(1) > 1)
+                p, q = (x.masked_fill(~shared, -1e4).softmax(1)[valid]
+                        for x in (teacher, scores[:, :, w]))
+                self.compare(p, q, k[valid], right[valid])
+            return original(similarity, group, parent, camera, table, temp)
+        self.page.distillation_loss = distillation_loss
+
+    def mskd(self):
+        original = self.page.distillation_losses
+
+        def distillation_losses(f, t):
+            person, camera, label = (torch.from_numpy(array[self.index]) for array in (
+                self.train.pids, self.train.cams, self.labels))
+            valid = (camera[:, None] != camera).any(1)
+            near = camera[:, None] == camera
+            p, q = ((x[0] @ x[0].T / .05).detach().cpu().masked_fill(near, -1e4).softmax(1)[valid]
+                    for x in (t, f))
+            other = (label[:, None] == label).fill_diagonal_(False).float().argmax(1)
+            self.compare(p, q, other[valid], (person[:, None] == person)[valid])
+            return original(f, t)
+        self.page.distillation_losses = distillation_losses
+
+    def sskd(self):
+        original = self.page.soft_label_loss
+
+        def soft_label_loss(z, soft):
+            right = torch.from_numpy(self.persons == self.train.pids[self.index][:, None])
+            label = torch.from_numpy(self.labels[self.index])
+            self.compare(soft, z.detach().softmax(1), label, right)
+            return original(z, soft)
+        self.page.soft_label_loss = soft_label_loss
+
+    def table(self):
+        """-> (rounds with a distillation loss, 11): the columns after the first."""
+        rows = []
+        for n, label, t, s, differ, differ_t, differ_s, wrong, wrong_t, wrong_s, *entropy in (
+                sums.tolist() for sums in self.sums if torch.is_tensor(sums)):
+            rows.append([100 * label / n, 100 * t / n, 100 * s / n, 100 * differ / n]
+                        + [100 * x / max(1, differ) for x in (differ_t, differ_s)]
+                        + [100 * wrong / n] + [100 * x / max(1, wrong) for x in (wrong_t, wrong_s)]
+                        + [np.exp(x / n) for x in entropy])
+        return np.array(rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", choices=("ccsd", "mskd", "sskd"))
+    parser.add_argument("seeds", type=int, nargs="*", default=[0])
+    args, flags = parser.parse_known_args()
+    watch, tables = Watch(importlib.import_module(args.page)), []
+    for seed in args.seeds:
+        watch.sums = []
+        with tempfile.TemporaryDirectory() as folder:
+            words = [flag.replace("SEED", str(seed)) for flag in flags]
+            watch.page.main([*words, "--seed", str(seed), "--out", os.path.join(folder, "run")])
+        tables.append(watch.table())
+    mean = np.mean(tables, 0)
+    rounds = [i + 1 for i, sums in enumerate(watch.sums) if torch.is_tensor(sums)]
+    print(f"\n`python tests/knowledge.py {' '.join(sys.argv[1:])}`\n\n| {' | '.join(HEAD)} |")
+    print("|" + "---|" * len(HEAD))
+    for i, row in zip(rounds, mean):
+        print(f"| {i} | " + " | ".join(f"{x:.1f}" for x in row) + " |")
+
+
+if __name__ == "__main__":
+    common.run(main, "")
