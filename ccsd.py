@@ -28,7 +28,7 @@ Symbols: f_i unit feature of image i, v = c(i) its camera, k = y(i) its cluster;
   tau: --temp in L_base, GROUP_TEMP in the other losses; a --cross, b --kd; mu --momentum
 Differences from the paper are unknown: we had only its abstract and introduction. Our choices:
   N1 the refinement rule (--refine): two interpretations; neither beat the plain split, the default
-  N2 L_intra: cross-entropy over the groups of the image's camera, as in CAP (AAAI 2021)
+  N2 L_intra: cross-entropy over the groups of the image's camera, as in CAP (Wang, AAAI 2021)
   N3 L_cross: the cluster's groups in other cameras against the 50 hardest groups of other clusters,
      as in CAP, after GROUP_START epochs, like N4; --cross 0: distillation alone aligns the cameras
   N4 L_kd: KL(teacher || student) over the clusters seen by both cameras, the image's own included
@@ -53,9 +53,10 @@ SETTINGS = {  # defaults of the flags; tests/RESULTS.md says how the toy set's w
     "market1501": dict(arch="resnet50", weights="imagenet", size=(256, 128), eps=.6, k1=30,
                        epochs=50, iters=200, batch_size=256, num_instances=16, lr=3.5e-4,
                        lr_drop=20, bn_splits=4, eval_every=10)}
-SETTINGS.update({"toy-source": SETTINGS["toy"], "msmt17": dict(SETTINGS["market1501"], iters=400)})
+SETTINGS["toy-source"] = SETTINGS["toy"]
+SETTINGS["msmt17"] = dict(SETTINGS["market1501"], iters=400)
 WEIGHT_DECAY = 5e-4
-GROUP_TEMP, GROUP_MOMENTUM, NEGATIVES = .07, .2, 50  # N2-N5
+GROUP_TEMP, GROUP_MOMENTUM, NEGATIVES = .07, .2, 50  # N2-N4, N5, N3
 GROUP_START = 5     # epochs without L_cross and L_kd; a quarter of a run shorter than 20 epochs
 RECLUSTER_EPS = .8  # N1: eps within a group, as a fraction of --eps; no other value was tried
 
@@ -173,9 +174,9 @@ def distillation_loss(similarity, group, parent, camera, table, temp):
     """L_kd (N4): similarities to clusters in the image's own camera v = c(i) are the target for its
     similarities in other cameras.
 
-    For each other camera w that also sees the image's cluster: softmax over the clusters k that
+    For each other camera w that also sees the image's cluster: softmax over the clusters j that
     both v and w see (at least 2), so that p and q have the same support. Teacher p: softmax(<f_i,
-    m_(k,v)> / temp), without gradient; student q: softmax(<f_i, m_(k,w)> / temp). KL(p || q), mean
+    m_(j,v)> / temp), without gradient; student q: softmax(<f_i, m_(j,w)> / temp). KL(p || q), mean
     over these w, then over the images that have one. table (C, V): group of (k, v), or -1.
     """
     seen = table >= 0                                                             # (C, V)
@@ -230,14 +231,14 @@ def main(argv=None):
                                    instead=labels if args.on_collapse == "skip" else None)
         unrefined = common.label_quality(labels, train.pids)
 
-        # ---- 3 camera-aware cluster refinement: labels may change, then clusters are split
+        # ---- 3 camera-aware cluster refinement: --refine may change labels, then the final split
         if args.refine == "reassign":
             labels = common.from_rank_0(reassign, labels, cams, centred)
         if args.refine == "recluster":
             labels = recluster(labels, cams, distance, RECLUSTER_EPS * args.eps)
         groups, parent, camera, table = split_by_camera(labels, cams)
 
-        # ---- 4 memories: what an image is compared with, from the features of step 1
+        # ---- 4 memories: what an image is compared with, so not centred: batches are not either
         cluster_memory = common.cluster_means(features, labels)                   # (C, D)
         group_memory = common.cluster_means(features, groups)                     # (G, D)
         y, g, parent, camera, table = (
@@ -256,7 +257,7 @@ def main(argv=None):
             k, group = y[index], g[index]                                         # (B,), (B,)
             L_base = L_intra = L_cross = L_kd = 0
 
-            # 5b similarity to clusters: all cameras at once, with their label noise
+            # 5b similarity to clusters of all cameras, whose labels are noisy
             if args.base:
                 L_base = F.cross_entropy(f @ cluster_memory.T / args.temp, k)
 
@@ -277,13 +278,13 @@ def main(argv=None):
             optimizer.param_groups[0]["lr"] = args.lr * factor
             optimizer.zero_grad()
             loss.backward()
-            common.average_gradients(optimizer)
+            common.average_gradients(optimizer)  # of several GPUs; does nothing on one
             optimizer.step()
 
             # 5g momentum update of the memories, so that they keep up with the network
-            common.update_memory(cluster_memory, f.detach(), k, args.momentum, K)
+            common.update_memory(cluster_memory, f, k, args.momentum, K)
             if args.refine != "none":
-                common.update_memory(group_memory, f.detach(), group, GROUP_MOMENTUM, K)
+                common.update_memory(group_memory, f, group, GROUP_MOMENTUM, K)
             means.add(base=L_base, intra=L_intra, cross=L_cross, kd=L_kd)
 
         # ---- 6 report, evaluate, save; the last epoch is the result

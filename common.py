@@ -12,10 +12,10 @@
 Appendices: A starting from random weights, B speed, C data on disk, D command line, E logs and
   checkpoints, F several GPUs. No paper needs them.
 
-Everywhere: N images in a split, B in a batch, C clusters, D values in a feature, H x W the image
-size. Feature rows have unit length. Row i of every per-image array belongs to split.paths[i]. The
+Everywhere: N images in a split, B in a batch, C clusters, V cameras, D values in a feature, H x W
+pixels. Feature rows have unit length. Row i of every per-image array belongs to split.paths[i]. The
 label -1 marks an outlier. Distances lie in [0, 1]. Scores are fractions, printed in per cent. A
-mistake in use or in the data raises Problem: one line that says what is wrong and what to do.
+mistake of the user raises Problem: one line that says what is wrong and what to do.
 """
 
 import argparse
@@ -88,12 +88,11 @@ class Split(NamedTuple):
 def load(name, root="data", at_least=1, draw=True):
     """Read a data set -> train, query, gallery: a Split each, sorted by file name.
 
-    name: a key of DATASETS, looked for below `root`, or a folder. A folder holds one of TRIPLES, or
-    its training part alone, or the user's own images (read_own). With :source or :target at its
-    end, half of the set is read (take_half). A file name starts with the person and the camera,
-    0002_c1...; person -1 is junk and dropped, person 0 a distractor, wrong for every query. Cameras
-    are renumbered 0..V-1. draw: draw a missing toy set. Raises Problem if files cannot be read or
-    there are fewer than `at_least` training images.
+    name: a key of DATASETS, looked for below `root`, or a folder: one of TRIPLES, its training part
+    alone, or own images (read_own). NAME:source and NAME:target read half of it (take_half). A file
+    name starts with person and camera, 0002_c1...; person -1 is junk and dropped, person 0 is wrong
+    for every query. Cameras are renumbered 0..V-1. draw: draw a missing toy set. Raises Problem if
+    files cannot be read or there are fewer than `at_least` training images.
     """
     name, half = name.rsplit(":", 1) if name.endswith((":source", ":target")) else (name, None)
     folder, rows = from_rank_0(find_and_read, name, root, draw)
@@ -231,7 +230,7 @@ def pk_batches(labels, cams, p, k, iters, generator):
     members = [np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0])]
     if len(members) < p:
         raise Problem(f"{len(members)} clusters or people are fewer than the {p} of a batch (lower "
-                      f"--batch-size to at most {len(members) * k}; of clusters, change --eps)")
+                      f"--batch-size to at most {len(members) * k}, or change --eps of clusters)")
     order = []
     for _ in range(iters):
         if len(order) < p:
@@ -338,14 +337,19 @@ def resnet_backbone(arch, weights):
 
 @torch.no_grad()
 def extract_features(model, images, batch_size=256):
-    """(N, 3, H, W) uint8 -> (N, D) float32 on the model's device; with parts (1 + parts, N, D). In
-    eval mode, for this call only; images need not fit on the device."""
+    """(N, 3, H, W) uint8 -> (N, D) float32 on the model's device, in eval mode; with parts
+    (1 + parts, N, D). The images need not fit on the device."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
     batches = progress(own(images).split(batch_size), "extracting features")
     features = torch.cat([model(normalise(send(batch, device))) for batch in batches], -2)
     model.train(training)
     return gathered(features, len(images))
+
+
+def global_features(model, images):
+    """extract_features() without those of the parts -> (N, D)."""
+    return extract_features(model, images)[0 if model.parts else ...]
 
 
 def nearest(features, k, block=512):
@@ -510,9 +514,9 @@ def update_memory(memory, features, labels, momentum, k):
 
 
 def label_quality(labels, pids):
-    """How well pseudo labels (N,) match the true ids (N,); only reported, never used in training ->
-    dict: clusters; outliers; ARI and NMI, each outlier as its own cluster; purity, the share of
-    clustered images with the most frequent id of their cluster. Without ids, only the first two."""
+    """How well pseudo labels (N,) match true ids (N,), which training never uses -> dict: clusters;
+    outliers; ARI and NMI, each outlier as its own cluster; purity, the share of clustered images
+    with the most frequent id of their cluster. Without ids, only the first two."""
     inside = labels >= 0
     if (pids < 0).all():
         return dict(clusters=int(labels.max()) + 1, outliers=int((~inside).sum()))
@@ -532,8 +536,7 @@ def test(model, test_set):
     query, gallery, *images = test_set
     if not query.paths:
         return {}
-    features = [extract_features(model, part) for part in images]
-    features = (f[0] if model.parts else f for f in features)
+    features = [global_features(model, part) for part in images]
     return from_rank_0(evaluate, *features, query, gallery)
 
 
@@ -599,7 +602,7 @@ def average_precision(similar, right):
 
 
 # ================================================================ A starting from random weights
-# In none of the papers. It replaces ImageNet weights, which the toy set must not download.
+# In none of the papers. It replaces ImageNet weights, so that the toy set needs no download.
 
 
 class InstanceBatchNorm(nn.Module):
@@ -762,6 +765,7 @@ def bfloat16_search(features):
 
     def search(rows, k):
         value, index = (rough[rows] @ rough.T).topk(2 * k)                        # (b, 2 k)
+        # what was left out is at most the last one, up to the rounding of products, 2^-8 of them
         left_out = value[:, -1].float() + 2 ** -8 * value[:, -1].float().abs() + bound[rows]
         index, buffer = index.sort().values, features.new_empty(2 * k, features.shape[1])
         similar = torch.stack([torch.index_select(features, 0, near, out=buffer) @ features[row]
@@ -1153,7 +1157,7 @@ def run(main, resume="--resume"):
         words = shlex.join([*(word for word in sys.argv if word != resume), resume or ""])
         message, code = "\ninterrupted" if not resume else (
             f"\ninterrupted, finished epochs are kept; go on with: {LAUNCH} {words}"), 130
-    except (MemoryError, RuntimeError) as error:  # the latter for main memory
+    except (MemoryError, RuntimeError) as error:  # torch raises the latter
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
             raise
         message, code = "out of memory (lower --batch-size or --size, or a smaller --arch)", 2
@@ -1202,7 +1206,7 @@ def check_finite(features):
 
 # ========================================================================== E logs and checkpoints
 
-FORMAT = 3  # of last.pt; before 2, the classifiers of sskd.py saw features of unit length
+FORMAT = 3  # of last.pt; files of another format are refused
 LOCKS = {}  # path -> open log of this process
 
 
@@ -1505,8 +1509,7 @@ def embed(model, files):
     """Features of image files, from a network of load_encoder() -> (len(files), D), unit rows, so
     that the product of two rows is the similarity of two images, from -1 to 1."""
     images = read_images(Split([os.fspath(file) for file in files], None, None), *model.size)
-    features = extract_features(model, images)
-    return features[0] if model.parts else features
+    return global_features(model, images)
 
 
 # ================================================================================== F several GPUs
@@ -1537,8 +1540,8 @@ def join_ranks(device):
 
 def as_one(main):
     """Call main() so that the ranks behave like one program: only rank 0 prints, and only the first
-    rank that fails reports its error; torchrun ends the others. A rank that waits for a lost one
-    does not notice a signal, so a thread ends it 5 seconds after one."""
+    rank that fails reports its error; torchrun ends the others. A rank that waits for a lost
+    rank does not notice a signal, so a thread ends it 5 seconds after the signal."""
     if not TORCHRUN:
         return main()
     store, screen, silence = next(dist.rendezvous("env://"))[0], sys.stderr, open(os.devnull, "w")

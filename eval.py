@@ -165,12 +165,6 @@ def prepare(model, state, device):
                                                recompute=False))
 
 
-def embed(model, images):
-    """(N, 3, H, W) uint8 -> (N, D) features; with parts, the global ones."""
-    features = common.extract_features(model, images)
-    return features[0] if model.parts else features
-
-
 def initial_network(run):
     """-> the network before training and its description; or None and the reason."""
     state = run.state
@@ -178,7 +172,8 @@ def initial_network(run):
         if "classifier" in state:
             return None, "a source network does not keep its first weights"
         if "nets" in state:
-            folder = locate(state["sources"] or os.path.join(run.folder, "source"), run.home)
+            first = run.folder if state["first_stage"] == state["out"] else state["first_stage"]
+            folder = locate(state["sources"] or os.path.join(first, "source"), run.home)
             return common.load_encoder(os.path.join(folder, "1", "last.pt"))[0], "source network 1"
         weights = state["weights"]
         weights = weights if weights in ("none", "imagenet") else locate(weights, run.home)
@@ -257,7 +252,8 @@ def draw_run(run, features, images):
     elif labels is not None:
         index = report.choose(labels, run.train.cams)
         chosen = common.Split([run.train.paths[i] for i in index], None, None)
-        chosen = embed(run.model, common.read_images(chosen, *run.state["size"])).cpu().numpy()
+        chosen = common.read_images(chosen, *run.state["size"])
+        chosen = common.global_features(run.model, chosen).cpu().numpy()
         parts["t-SNE"] = report.t_sne(chosen, labels[index], run.train.cams[index], "cluster")
     return report.page(f"Report of {run.folder}", parts)
 
@@ -273,7 +269,7 @@ def test_figures(run, features, images):
     note = "" if network else f"<p>Before training: not shown, {html.escape(what)}.</p>"
     if network:
         prepare(network, run.state, features[0].device)
-        before = [embed(network, part) for part in images]
+        before = [common.global_features(network, part) for part in images]
         networks = {f"before training ({what})": before, **networks}
     counts = {name: pair_counts(both, *test, report.EDGES) for name, both in networks.items()}
     ranked = {name: rank_queries(both, *test) for name, both in networks.items()}
@@ -364,7 +360,8 @@ def save_features(run, path):
     for kind, split in zip(common.KINDS, (run.train, run.query, run.gallery)):
         if split.paths:
             images = common.read_images(split, *run.state["size"])
-            kept.append((embed(run.model, images).cpu().numpy(), *split, [kind] * len(images)))
+            features = common.global_features(run.model, images).cpu().numpy()
+            kept.append((features, *split, [kind] * len(images)))
     names = ("features", "paths", "pids", "cams", "split")
     np.savez(file, **{name: np.concatenate(part) for name, part in zip(names, zip(*kept))})
     write(path, file.getvalue())
@@ -374,7 +371,7 @@ def pair(run, features, files):
     """-> the similarity of two image files, and for each kind of test pairs the share that is at
     least as similar."""
     images = common.read_images(common.Split(files, None, None), *run.state["size"])
-    a, b = embed(run.model, images)
+    a, b = common.global_features(run.model, images)
     result = dict(similarity=float(a @ b))
     if features:
         counts = pair_counts(features, run.query, run.gallery, [result["similarity"]])  # (4, 2)
@@ -396,7 +393,7 @@ def main(argv=None):
     prepare(run.model, run.state, device)
     splits = [run.query, run.gallery] * run.tested
     images = [common.read_images(split, *run.state["size"]) for split in splits]
-    features = [embed(run.model, part) for part in images]
+    features = [common.global_features(run.model, part) for part in images]
     if args.save_features:
         save_features(run, args.save_features)
     if args.report is not None:
@@ -411,9 +408,10 @@ def main(argv=None):
         say(json.dumps(result) if args.json else "\n".join(lines))
         return result
     if features:
-        similar = rerank(*features) if args.rerank else (
-            rows @ features[1].T for rows in features[0].split(256))
-        return show_scores(run, common.score_ranking(similar, run.query, run.gallery), args)
+        test = run.query, run.gallery
+        scores = (common.score_ranking(rerank(*features), *test) if args.rerank
+                  else common.evaluate(*features, *test))
+        return show_scores(run, scores, args)
     if args.report is None and not args.save_features:
         raise common.Problem(f"{run.data}: there is no test set with ids, so no score (say "
                              "--report, --pairs or --save-features)")

@@ -29,13 +29,13 @@ Symbols: views g, u, d: global, upper half, lower half; f_v unit feature, t_v th
   Jaccard distance; k = y(i) cluster, m_v its unit memories; tau --temp; l1 --l1, l2 --l2, mu --mu
 Differences from the code
   D1 we report the last epoch; the authors' code reports the epoch that is best on the test set
-  D2 two checkpoints, OUT/teacher and OUT; in the code the student overwrites its teacher
+  D2 two checkpoints, OUT/teacher (or a shared one) and OUT; in the code the student overwrites it
   D3 distillation is on by default; in the code all weights default to 0, the plain baseline
   D4 on the toy set the teacher normalises with its running statistics, in the code with the batch's
-  D5 harmless (the code's choice in brackets): erased pixels get the mean colour (the mean's value,
-     after normalisation); 10 tries for a rectangle (100); K - 1 other images without repeats
-     (with); a cluster of one image fills K places (one); eps + 1e-5; running statistics of all
-     chunks (of the first GPU); bfloat16 on CUDA
+  D5 harmless (the code's choice in brackets): erased pixels get the mean colour (.485, .456, .406
+     after normalisation); 10 tries for a rectangle (100); K - 1 images of exactly K - 1 are drawn
+     without repeats (with); a cluster of one image fills K places (one); eps + 1e-5; running
+     statistics of all chunks (of the first GPU); bfloat16 on CUDA
 Not stated in paper or code, our choices
   N1 the first round counts in the schedule: --lr-drop 20 acts after epochs 19 and 39, as in the
      code, and the cosine of --lr-drop 0 includes it too
@@ -73,7 +73,8 @@ def get_args(argv=None):
     add = parser.add_argument_group("paper (default / published); weight 0: off").add_argument
     add("--stage", choices=("both", "teacher", "student"), default="both", help="a stage that is "
         "finished in OUT is skipped (%(default)s)")
-    add("--teacher", help="folder of a finished teacher, used instead of a new one (OUT/teacher)")
+    add("--teacher", help="folder of a finished teacher, used instead of a new one (that of "
+        "a run with the same flags but --mu and --teacher-bn, or OUT/teacher)")
     add("--l1", type=number(float, 0, .49), default=.15, help="weight of each half's distance "
         "(%(default)s / 0.15)")
     add("--l2", type=number(float, 0, 1), default=.2, help="weight of each half's loss "
@@ -108,7 +109,8 @@ def mixed_distance(views, k1, l1):
     """Step 2: J = (1 - 2 l1) J_g + l1 J_u + l1 J_d -> sparse (N, N); not stored: distance 1.
 
     views (3, N, D). A pair that is not stored has similarity S = 1 - J = 0, and the weights sum to
-    1. So 1 - J is exactly the weighted sum of three sparse S, and no N x N array is needed.
+    1. So 1 - J is exactly the weighted sum of three sparse S, and no N x N array is needed. All
+    pairs are kept: those that are far apart in one view may be close in the mean.
     """
     mixed = csr_array((views.shape[1],) * 2, dtype="float32")
     for features, weight in zip(views, (1 - 2 * l1, l1, l1)):
@@ -151,7 +153,7 @@ def load_teacher(folder, args):
                                  f"{getattr(args, flag)} (use the same, or name another --teacher)")
     if state["epoch"] < state["epochs"]:
         raise common.Problem(f"the teacher {path} stopped after epoch {state['epoch']} of "
-                             f"{state['epochs']} (delete it and run --stage teacher)")
+                             f"{state['epochs']} (finish it with --stage teacher --resume)")
     teacher.train(args.teacher_bn == "batch")  # D4
     return teacher.requires_grad_(False)
 
@@ -187,8 +189,8 @@ def train_stage(args, stage, out, teacher_folder=None):
     P, K = args.batch_size // args.num_instances, args.num_instances  # clusters, images of each
     model = common.Encoder(args.arch, args.weights, parts=2, pooling="gem").on(device, args)
     if model.parts != 2:  # after an edit of the line above: fail here, not after the warm-up
-        raise common.Problem("mixed_distance, view_losses, the total loss and load_teacher are "
-                             "written for three views (edit them together)")
+        raise common.Problem("mixed_distance, the losses of main and load_teacher are written for "
+                             "three views (edit them together)")
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
                                  fused=device.type == "cuda")
     state = dict(generator=generator, model=model, optimizer=optimizer)
@@ -208,7 +210,7 @@ def train_stage(args, stage, out, teacher_folder=None):
         network = teacher if first_round else model
         features = common.extract_features(network, images)                       # (3, N, D)
 
-        # ---- 2 pseudo labels: dense groups of images that share neighbours in all views
+        # ---- 2 pseudo labels: dense groups of images that share neighbours, views averaged
         centred = common.centre_cameras(features, cams) if args.centre else features  # W
         if args.true_ids:
             labels = common.renumber(train.pids)                                  # (N,)
@@ -217,7 +219,7 @@ def train_stage(args, stage, out, teacher_folder=None):
             labels = common.dbscan(distance, args.eps, at_least=P,
                                    instead=labels if args.on_collapse == "skip" else None)
 
-        # ---- 4 memories: what an image is compared with, from the features of step 1
+        # ---- 4 memories: what an image is compared with, so not centred: batches are not either
         memory = common.cluster_means(features, labels)                           # (3, C, D)
         y = torch.from_numpy(labels).to(device)
 
@@ -225,7 +227,8 @@ def train_stage(args, stage, out, teacher_folder=None):
         model.train()
         means, iters = common.Means(), args.iters * (2 if first_round else 1)
         batches = common.pk_batches(labels, cams, P, K, iters, generator)
-        for step, index in log.steps(batches, f"epoch {epoch + 1}", iters):
+        title = "first round" if first_round else f"epoch {epoch + 1}/{args.epochs}"
+        for step, index in log.steps(batches, title, iters):
             # 5a features of augmented images, in --bn-splits chunks as if on that many GPUs
             batch = common.augment(common.take(images, index, device), generator,
                                    jitter=.5 if from_scratch else 0)
@@ -234,7 +237,7 @@ def train_stage(args, stage, out, teacher_folder=None):
             k = y[index]                                                          # (B,)
             D_g = D_u = D_d = 0
 
-            # 5b similarity to clusters, with their label noise
+            # 5b similarity to clusters, whose labels are noisy
             L_g, L_u, L_d = view_losses(f, memory, k, args.temp)
 
             # 5c the target: the teacher's features of the same images, less affected by the noise
@@ -251,20 +254,19 @@ def train_stage(args, stage, out, teacher_folder=None):
             optimizer.param_groups[0]["lr"] = args.lr * factor
             optimizer.zero_grad()
             loss.backward()
-            common.average_gradients(optimizer)
+            common.average_gradients(optimizer)  # of several GPUs; does nothing on one
             optimizer.step()
 
             # 5g momentum update of the memories, so that they keep up with the network
             if not first_round:
                 for v in range(len(memory)):
-                    common.update_memory(memory[v], f[v].detach(), k, args.momentum, K)
+                    common.update_memory(memory[v], f[v], k, args.momentum, K)
             means.add(L_g=L_g, L_u=L_u, L_d=L_d, D_g=D_g, D_u=D_u, D_d=D_d)
 
         # ---- 6 report, evaluate, save; the last epoch is the result D1
         losses, quality = means.values(epoch + 1), common.label_quality(labels, train.pids)
         due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
         scores = common.test(model, test_set) if due else {}
-        title = "first round" if first_round else f"epoch {epoch + 1}/{args.epochs}"
         log.epoch(title, quality, losses, scores, epoch=epoch + 1, keep=dict(state, labels=labels))
     return log.finish(scores, train, labels)
 

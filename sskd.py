@@ -10,8 +10,8 @@ degrees that a slowly evolving network predicts for its peer from augmented view
 One epoch on the target ([paper]: abstract or introduction; [code]: the authors' released code)
   0 networks M_1..M_n, trained on the source, and slow copies E_1..E_n [code]   train_source
   1 extract features of all target images: unit(mean of E_1..E_n) [code]   common.extract_features
-  2 pseudo labels: Jaccard distance, DBSCAN [code]; images that are not confidently distinguished
-    become outliers                                      common.jaccard_distance, adaptive_eps
+  2 pseudo labels: Jaccard distance, DBSCAN [code], its radius found in the first epoch and kept;
+    images that are not confidently distinguished: outliers   common.jaccard_distance, adaptive_eps
   3 (no refinement in this paper)
   4 classifiers, with the clusters' unit means as rows; a new Adam [code]   common.cluster_means
   5 for every batch of P clusters x K images
@@ -23,7 +23,7 @@ One epoch on the target ([paper]: abstract or introduction; [code]: the authors'
     5f L = id L_id + soft L_soft + ms L_ms + nuc L_nuc [code], optimiser step
     5g E <- alpha_t E + (1 - alpha_t) M, alpha_t = min(1 - 1/(t+1), alpha) [code]   follow
   6 report, evaluate, save                               common.label_quality, test, Log.epoch
-Symbols: B(x) output of the batch-norm neck, of length near sqrt(D); z = W B(x) / tau, W classifier,
+Symbols: b(x) output of the batch-norm neck, of length near sqrt(D); z = A b(x) / tau, A classifier,
   tau --temp; k = y(i) cluster; n --nets; t steps so far; id, soft, ms, nuc, alpha: flags
 Differences from the code (its choice in brackets), and our choices where it says nothing
   D1 each epoch has new classifiers of C rows, one a cluster (wider ones, of which C rows are used)
@@ -32,15 +32,15 @@ Differences from the code (its choice in brackets), and our choices where it say
      networks x 20 epochs, both by scores on the test sets)
   D4 toy domains: tau 2 (1), alpha .9 (.999), both chosen by scores (tests/RESULTS.md); rho .015
      (1.6e-3), lr on a cosine (constant)
-  D5 a ReLU after the first batch norm (none); Jaccard distance of 20 columns (21), weights exp(-d)
-     (d over its column's largest); seeds from --seed (1, 2, 3)
+  D5 a ReLU after the first batch norm (none); Jaccard distance of 20 columns (21), weights exp(-d),
+     d the squared distance (divided by its column's largest); seeds from --seed (1, 2, 3)
   N1 we do not know whether the paper has L_ms and L_nuc too; --ms 0 --nuc 0 leaves them out
   W  --weights none adds what no paper claims: colour jitter on the target, IBN-a blocks, and
      --centre: each camera's mean feature is subtracted before clustering and in soft labels; slow
      classifiers are then fixed for an epoch, as centred rows must not be averaged with others
 Run
   python sskd.py                                     toy domains, 2 CPU cores: 287 s, 78 mAP
-  python sskd.py --source msmt17 --data market1501   one GPU of 16 GB: not measured
+  python sskd.py --source msmt17 --data market1501   one GPU of 16 GB, estimated: not measured
 """
 
 import copy
@@ -72,7 +72,8 @@ def get_args(argv=None):
     weight = number(float, 0)
     add = parser.add_argument_group("paper (default / published); weight 0: off").add_argument
     add("--source", help="the labelled data set, a folder or a name as in --data (%(default)s)")
-    add("--sources", help="folder of finished source networks, of any --seed (OUT/source)")
+    add("--sources", help="folder of finished source networks, of any --seed (OUT/source, "
+        "or that of a run with the same flags of the source)")
     add("--nets", type=number(int, 1, 9), default=3, help="n, number of networks; with 1, its own "
         "copy is its peer (%(default)s / 3)")
     add("--id", type=weight, default=.5, help="weight of L_id (%(default)s / 0.5)")
@@ -155,7 +156,7 @@ def follow(slow, fast, alpha):
 @torch.no_grad()
 def soft_labels(slow, classifiers, views, camera_means, index, args):
     """Step 5c: the prediction of each slow copy for its view -> distributions (n, B, C). W: if
-    camera_means (n, N, D) are given, the image's is subtracted from the direction of B(x)."""
+    camera_means (n, N, D) are given, the image's is subtracted from the direction of b(x)."""
     soft = []
     for i, net in enumerate(slow):
         _, neck = common.forward(net, views[i], args.bn_splits, inside=True)      # (B, D)
@@ -194,7 +195,7 @@ def train_source(args, i, device, images):
     model.train()
     for epoch in range(resumed.get("epoch", 0), args.source_epochs):
         done = (epoch + 1) / args.source_epochs
-        rise, drops = min(1, .01 + .99 * 8 * done), (done >= 1 / 2) + (done >= 7 / 8)
+        rise, drops = min(1, .01 + .99 * 8 * done), (done >= 1 / 2) + (done >= 7 / 8)  # [code]
         optimizer.param_groups[0]["lr"] = args.lr * rise * .1 ** drops
         means, title = common.Means(), f"source {i}, {epoch + 1}"
         batches = common.pk_batches(labels, source.cams, P, K, args.source_iters, generator)
@@ -210,7 +211,7 @@ def train_source(args, i, device, images):
                     + multi_similarity_loss(pooled, k) + 2 * nuclear_norm_loss(z))  # [code]
             optimizer.zero_grad()
             loss.backward()
-            common.average_gradients(optimizer)
+            common.average_gradients(optimizer)  # of several GPUs; does nothing on one
             optimizer.step()
             means.add(source=loss)
         losses = means.values(epoch + 1)
@@ -267,7 +268,7 @@ def main(argv=None):
 
         # ---- 5 batches of P clusters x K images
         students.train()
-        slow.train()
+        slow.train()  # they normalise by the batch, as the networks do [code]
         means = common.Means()
         batches = common.pk_batches(labels, cams, P, K, args.iters, generator)
         for step, index in log.steps(batches, f"epoch {epoch + 1}", args.iters):
@@ -281,7 +282,7 @@ def main(argv=None):
 
             # 5c soft labels: related clusters, predicted by the slow copies without gradient
             soft = soft_labels(slow, slow_classifiers, views, camera_means, index, args)
-            own_weight = soft.gather(2, k.expand(args.nets, -1)[:, :, None])
+            own_weight = soft.gather(2, k.expand(args.nets, -1)[:, :, None])      # only logged
             means.add(entropy=torch.special.entr(soft).sum(2).mean(), own=own_weight.mean())
             optimizer.zero_grad()
             for i in range(args.nets):
@@ -306,7 +307,7 @@ def main(argv=None):
             cosine = .5 + .5 * math.cos(math.pi * (epoch + step / args.iters) / args.epochs)
             factor = .1 ** (epoch // args.lr_drop) if args.lr_drop else cosine
             optimizer.param_groups[0]["lr"] = args.lr * factor
-            common.average_gradients(optimizer)
+            common.average_gradients(optimizer)  # of several GPUs; does nothing on one
             optimizer.step()
 
             # 5g the slow copies follow, which averages out the noise of single steps

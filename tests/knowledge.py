@@ -2,18 +2,20 @@
 
   python tests/knowledge.py sskd                     seed 0 of the toy set
   python tests/knowledge.py ccsd 0 1 2 --cross 0     means of three seeds, with flags of the page
+  python tests/knowledge.py sskd 0 1 --sources runs/row-sSEED/source     SEED: becomes the seed
 
 The page runs as it is; this program only watches its distillation loss. It compares the choices of
 teacher and student with the true ids, which training never sees. In CCSD and SSKD a choice is a
-cluster, which is right if most of its images show the image's person. In MSKD it is the nearest
-image of another camera in the batch, and the label's choice is another image of the cluster. CCSD
-chooses among the clusters that both cameras see, once for every other camera. A round is a
-clustering and the batches after it. Columns, in per cent of the images in a round's batches:
+cluster, which is right if the image's person is the most frequent in it. In MSKD it is the image of
+another camera in the batch whose global feature is nearest, and the label's choice is another image
+of the cluster. CCSD chooses among the clusters that both cameras see, once for every other camera,
+and SSKD once for every network. A round is a clustering and the batches after it; MSKD's round 1 is
+the student's first round. Columns, in per cent of a round's choices, but for the spread:
 
   label, teacher, student     choices that are right
-  differ: teacher, student    images for which teacher and student choose differently; of these,
+  differ: teacher, student    cases in which teacher and student choose differently; of these,
                               the choices of each that are right
-  wrong: teacher, student     images whose label is wrong; of these, the choices that are right
+  wrong: teacher, student     cases in which the label is wrong; of these, those that are right
   spread: teacher, student    how many candidates they weigh: exp(mean entropy)
 """
 
@@ -43,18 +45,18 @@ class Watch:
 
         def read_data(*args):
             self.train, *rest = original(*args)
+            self.sums = []  # every stage counts its rounds from 1
             return self.train, *rest
         common.read_data, common.pk_batches = read_data, self.batches(common.pk_batches)
         patched()
 
     def batches(self, original):
-        def pk_batches(labels, *args):
-            self.labels, pids = labels, self.train.pids
-            if len(labels) == len(pids):  # not those of a source
-                clusters = range(labels.max() + 1)
+        def pk_batches(labels, cams, *args):
+            if cams is self.train.cams:  # not batches of a source
+                self.labels, pids, clusters = labels, self.train.pids, range(labels.max() + 1)
                 self.persons = np.array([np.bincount(pids[labels == c]).argmax() for c in clusters])
-            self.sums.append(0)
-            for index in original(labels, *args):
+                self.sums.append(0)
+            for index in original(labels, cams, *args):
                 self.index = index.numpy()
                 yield index
         return pk_batches

@@ -34,7 +34,7 @@ def batch_of(watching, rng, n=40, p=5, k=4):
 
 
 def counted(choices):
-    """Lists of (label right, teacher right, student right, do they differ) -> the first 9 columns."""
+    """List of (label, teacher, student right; do they differ) -> the first 9 columns."""
     label, t, s, differ = np.array(choices).T.astype(bool)
     return [100 * x.mean() for x in (label, t, s, differ, t[differ], s[differ], ~label, t[~label],
                                      s[~label])]

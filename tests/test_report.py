@@ -14,7 +14,7 @@ import pytest
 import report
 import slow
 import torch
-from conftest import HERE, draw, program, quantised, refusal, short, unit
+from conftest import HERE, SHORT, draw, program, quantised, refusal, short, unit
 
 import ccsd
 import common
@@ -203,7 +203,7 @@ def test_before_training_is_the_start_of_the_log(run, tiny, tmp_path):
     one = scoring.open_run(str(run))
     network, what = scoring.initial_network(one)
     _, query, gallery = common.load(str(tiny))
-    features = [scoring.embed(network, common.read_images(split, 64, 32))
+    features = [common.global_features(network, common.read_images(split, 64, 32))
                 for split in (query, gallery)]
     start = json.loads(open(run / "log.jsonl").readlines()[1])
     assert start["title"] == "start" and what == "random weights"
@@ -229,6 +229,18 @@ def test_before_training_of_sskd_is_its_source(tiny, tmp_path):
     page = read_page(out / "source" / "1" / "report.html")
     assert "source network does not keep" in page.text and "no pseudo labels" in page.text
     assert scoring.open_run(str(out / "source" / "1")).planned == 1
+
+
+def test_before_training_of_sskd_with_sources_that_runs_share(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # without --out: the sources are in the folder of the default run
+    source = draw(tmp_path / "source", cameras=2)
+    words = ["--data", str(tiny), *SHORT, "--source", str(source), "--nets", "1", "--soft", "0",
+             "--source-epochs", "1", "--source-iters", "2", "--batch-size", "4"]
+    out = sskd.get_args(words).out
+    sskd.main(words)
+    monkeypatch.chdir("/")
+    network, what = scoring.initial_network(scoring.open_run(str(tmp_path / out)))
+    assert network and what == "source network 1" and not (tmp_path / out / "source").exists()
 
 
 def without_ids(monkeypatch):
