@@ -12,6 +12,7 @@ Differences are paired by seed; intervals are Student's t, at 95 %.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -142,6 +143,17 @@ def read_results():
     return {tuple(line["command"].split()): line for line in lines}
 
 
+def commit_of(head):
+    """A log's first line -> the commit of its run; "-dirty", as results.jsonl makes every commit,
+    is left out if page and common.py were those of the commit."""
+    commit = head["commit"].removesuffix("-dirty")
+    for file, mark in head["args"]["code"].items():
+        show = subprocess.run(["git", "-C", TOP, "show", f"{commit}:{file}"], capture_output=True)
+        if hashlib.sha256(show.stdout).hexdigest()[:len(mark)] != mark:
+            return head["commit"]
+    return commit
+
+
 def harvest(name, row, seed):
     """-> the result of a finished run, a line for results.jsonl, or None."""
     words, key = command(name, row, seed)
@@ -157,7 +169,7 @@ def harvest(name, row, seed):
         return None
     scored = {f"{line['epoch']} {line['title']}": line["scores"]["mAP"] for line in lines
               if "scores" in line}
-    return dict(command=" ".join(key), commit=head["commit"], torch=head["torch"],
+    return dict(command=" ".join(key), commit=commit_of(head), torch=head["torch"],
                 threads=head["threads"], seconds=last["seconds"], scores=last["scores"],
                 quality=last.get("quality"), losses=last["losses"], mAP=scored)
 

@@ -1,7 +1,9 @@
 """The program that fills the tables of results: its commands, its statistics, its file."""
 
+import hashlib
 import json
 import os
+import subprocess
 
 import ablate
 import numpy as np
@@ -67,6 +69,23 @@ def test_a_table_prints_what_the_file_holds(tmp_path, monkeypatch, capsys):
                                ((-1, 2), (1, 2), "not shown"),
                                ((-np.inf, np.inf), (1, 2), "not shown")):
         assert ablate.verdict_of(toy, market) == words
+
+
+def test_a_commit_is_clean_if_its_sources_are():
+    describe = subprocess.run(["git", "-C", ablate.TOP, "describe", "--always"],
+                              capture_output=True, text=True)
+    if describe.returncode:
+        pytest.skip("no git repository")
+    commit = describe.stdout.strip()
+    code = {}
+    for file in ("ccsd.py", "common.py"):
+        show = subprocess.run(["git", "-C", ablate.TOP, "show", f"HEAD:{file}"],
+                              capture_output=True)
+        code[file] = hashlib.sha256(show.stdout).hexdigest()[:12]
+    head = dict(commit=f"{commit}-dirty", args=dict(code=code))
+    assert ablate.commit_of(head) == commit
+    code["common.py"] = "0" * 12
+    assert ablate.commit_of(head) == f"{commit}-dirty"
 
 
 def test_the_results_are_of_known_commands():
