@@ -238,7 +238,7 @@ def main(argv=None):
             labels = recluster(labels, cams, distance, RECLUSTER_EPS * args.eps)
         groups, parent, camera, table = split_by_camera(labels, cams)
 
-        # ---- 4 memories: what an image is compared with, so not centred: batches are not either
+        # ---- 4 memories: what an image is compared with, from step 1 (not centred, like a batch's)
         cluster_memory = common.cluster_means(features, labels)                   # (C, D)
         group_memory = common.cluster_means(features, groups)                     # (G, D)
         y, g, parent, camera, table = (

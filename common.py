@@ -765,7 +765,7 @@ def bfloat16_search(features):
 
     def search(rows, k):
         value, index = (rough[rows] @ rough.T).topk(2 * k)                        # (b, 2 k)
-        # what was left out is at most the last one, up to the rounding of products, 2^-8 of them
+        # no image that was left out is more similar: 2^-8 is the rounding of a bfloat16 product
         left_out = value[:, -1].float() + 2 ** -8 * value[:, -1].float().abs() + bound[rows]
         index, buffer = index.sort().values, features.new_empty(2 * k, features.shape[1])
         similar = torch.stack([torch.index_select(features, 0, near, out=buffer) @ features[row]

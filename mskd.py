@@ -33,9 +33,9 @@ Differences from the code
   D3 distillation is on by default; in the code all weights default to 0, the plain baseline
   D4 on the toy set the teacher normalises with its running statistics, in the code with the batch's
   D5 harmless (the code's choice in brackets): erased pixels get the mean colour (.485, .456, .406
-     after normalisation); 10 tries for a rectangle (100); K - 1 images of exactly K - 1 are drawn
-     without repeats (with); a cluster of one image fills K places (one); eps + 1e-5; running
-     statistics of all chunks (of the first GPU); bfloat16 on CUDA
+     after normalisation); 10 tries for a rectangle (100); K - 1 other images without
+     repeats (with); a cluster of one image fills K places (one); eps + 1e-5; running statistics of
+     all chunks (of the first GPU); bfloat16 on CUDA
 Not stated in paper or code, our choices
   N1 the first round counts in the schedule: --lr-drop 20 acts after epochs 19 and 39, as in the
      code, and the cosine of --lr-drop 0 includes it too
@@ -219,7 +219,7 @@ def train_stage(args, stage, out, teacher_folder=None):
             labels = common.dbscan(distance, args.eps, at_least=P,
                                    instead=labels if args.on_collapse == "skip" else None)
 
-        # ---- 4 memories: what an image is compared with, so not centred: batches are not either
+        # ---- 4 memories: what an image is compared with, from step 1 (not centred, like a batch's)
         memory = common.cluster_means(features, labels)                           # (3, C, D)
         y = torch.from_numpy(labels).to(device)
 
