@@ -336,12 +336,13 @@ def resnet_backbone(arch, weights):
 
 
 @torch.no_grad()
-def extract_features(model, images, batch_size=256):
+def extract_features(model, images, batch_size=None):
     """(N, 3, H, W) uint8 -> (N, D) float32 on the model's device, in eval mode; with parts
-    (1 + parts, N, D). The images need not fit on the device."""
+    (1 + parts, N, D). Images need not fit on the device; 64 of them fit a CPU's caches."""
     device, training = next(model.parameters()).device, model.training
+    size, mine = batch_size or (64 if device.type == "cpu" else 256), own(images)
     model.eval()
-    batches = progress(own(images).split(batch_size), "extracting features")
+    batches = progress(mine.tensor_split(len(mine) // size + 1), "extracting features")
     features = torch.cat([model(normalise(send(batch, device))) for batch in batches], -2)
     model.train(training)
     return gathered(features, len(images))
@@ -548,8 +549,7 @@ def evaluate(query_features, gallery_features, query, gallery, topk=(1, 5, 10), 
     ignored; queries without a right answer in another camera do not count. Features (Q, D) and
     (G, D). Raises Problem for features that are not finite.
     """
-    check_finite(query_features)
-    check_finite(gallery_features)
+    check_finite(query_features, gallery_features)
     similar = (rows @ gallery_features.T for rows in query_features.split(block))
     return score_ranking(similar, query, gallery, topk, block)
 
@@ -1198,9 +1198,9 @@ def seed_everything(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def check_finite(features):
+def check_finite(*features):
     """Raises Problem for features that are not finite."""
-    if not features.sum(1).isfinite().all():
+    if not all(rows.sum(1).isfinite().all() for rows in features):
         raise Problem("features are not finite: bad weights, or training diverged (lower --lr)")
 
 
