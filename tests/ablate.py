@@ -2,13 +2,13 @@
 
   python tests/ablate.py sskd-toy               run what results.jsonl lacks, then print
   python tests/ablate.py sskd-toy --print       only print
-  python tests/ablate.py verdicts               the README's table: the papers' claims, and whether
-                                                each was shown
+  python tests/ablate.py verdicts               print the papers' claims, and whether each was shown
   python tests/ablate.py ccsd-market --root data --weights FILE      a table on real images
 
 Two runs at a time, with one thread each. Ctrl-C stops at any time, and the same command continues.
-A finished run adds a line to tests/results.jsonl; all printed numbers come from that file.
-Differences are paired by seed; intervals are Student's t, at 95 %.
+A finished run adds a line to tests/results.jsonl. All printed numbers come from that file, and so
+do the tables in README.md and RESULTS.md, which are written anew after the runs. Differences are
+paired by seed; intervals are Student's t, at 95 %.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from scipy import stats
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP, RESULTS = os.path.dirname(HERE), os.path.join(HERE, "results.jsonl")
+TEXTS = os.path.join(TOP, "README.md"), os.path.join(HERE, "RESULTS.md")  # with tables
 TEN, THREE = range(10), range(3)
 
 
@@ -45,8 +46,11 @@ class Table(NamedTuple):
 
 CPU = ("--data market1501 --arch resnet18-layer3 --size 128 64 --epochs 20 --iters 100 --batch-size"
        " 64 --num-instances 4 --bn-splits 1 --bf16 --lr-drop 0 --eval-every 20")
+HOUR = CPU.replace("20", "30").replace("100", "200")
 PAIR = ("--source cuhk03 --data market1501 --arch resnet18-layer3 --size 96 48 --source-epochs 10 "
         "--epochs 10 --iters 200 --bf16 --bn-splits 1 --rho 4e-4 --lr-drop 0 --eval-every 10")
+HALVES = PAIR.replace("cuhk03", "market1501:source").replace(
+    "data market1501", "data market1501:target")
 CCSD = {
     "baseline (ClusterContrast)": Row("--refine none"),
     "+ split": Row("--kd 0 --cross 0", "baseline (ClusterContrast)"),
@@ -57,15 +61,26 @@ MSKD = {
     "teacher": Row("--stage teacher"),
     "student, labels alone": Row("--stage student --teacher {teacher}/teacher --mu 0", "teacher"),
     "student, labels and distillation": Row("--stage student --teacher {teacher}/teacher",
-                                            "student, labels alone")}
+                                            "student, labels alone"),
+    "teacher as long as both stages": Row("--stage teacher --epochs 41", "teacher")}
 SOURCES = "--sources {default}/source"
 TABLES = {
     "ccsd-toy": Table("ccsd.py", {
         **CCSD,
         "all terms against the baseline": Row("", "baseline (ClusterContrast)"),
+        "+ split, reassign": Row("--kd 0 --cross 0 --refine reassign", "+ split", THREE),
+        "+ split, recluster": Row("--kd 0 --cross 0 --refine recluster", "+ split", THREE),
+        "all terms, reassign": Row("--refine reassign", "+ split + cross + distillation", THREE),
         "bound: baseline on the true ids": Row("--refine none --true-ids", seeds=THREE)}),
     "mskd-toy": Table("mskd.py", {
-        **MSKD, "teacher as long as both stages": Row("--stage teacher --epochs 41", "teacher")}),
+        **MSKD,
+        "teacher, global only": Row("--stage teacher --l1 0 --l2 0", "teacher", THREE),
+        "teacher with the batch's statistics": Row(
+            "--stage student --teacher {teacher}/teacher --teacher-bn batch",
+            "student, labels and distillation", THREE),
+        "the same, mu = 4": Row(
+            "--stage student --teacher {teacher}/teacher --teacher-bn batch --mu 4",
+            "teacher with the batch's statistics", THREE)}),
     "sskd-toy": Table("sskd.py", {
         "default": Row(""),
         "identity learning alone": Row(f"{SOURCES} --soft 0 --ms 0 --nuc 0"),
@@ -77,15 +92,22 @@ TABLES = {
         "one network without soft labels": Row(f"{SOURCES} --nets 1 --soft 0", "one network",
                                                THREE),
         "two networks": Row(f"{SOURCES} --nets 2", "default", THREE),
-        "one view for all networks": Row(f"{SOURCES} --shared-view", "default", THREE),
+        "one view for all networks": Row(f"{SOURCES} --shared-view", "default"),
+        "one view without soft labels": Row(f"{SOURCES} --shared-view --soft 0",
+                                            "one view for all networks"),
         "tau of the code": Row("--temp 1", "default", THREE),
         "alpha of the code": Row(f"{SOURCES} --alpha .999", "default", THREE),
         "bound: true ids": Row(f"{SOURCES} --true-ids", "default", THREE)}),
     "ccsd-market": Table("ccsd.py", {
         name: row._replace(seeds=THREE) for name, row in {
-            **CCSD, "all terms, reassign": Row("--refine reassign",
-                                               "+ split + cross + distillation")}.items()},
-        CPU, True),
+            **CCSD,
+            "all terms, reassign": Row("--refine reassign", "+ split + cross + distillation"),
+            "baseline, cameras centred": Row("--refine none --centre",
+                                             "baseline (ClusterContrast)"),
+            "all terms, cameras centred": Row("--centre", "+ split + cross + distillation"),
+        }.items()}, CPU, True),
+    "ccsd-hour": Table("ccsd.py", {"all terms, cameras centred": Row("--centre", seeds=THREE)},
+                       HOUR, True),
     "mskd-market": Table("mskd.py", {name: row._replace(seeds=THREE) for name, row in MSKD.items()},
                          CPU, True),
     "sskd-market": Table("sskd.py", {
@@ -96,7 +118,11 @@ TABLES = {
                                                "identity learning alone", range(1)),
         "one network": Row(f"{SOURCES} --nets 1", "default", range(1)),
         "one network without soft labels": Row(f"{SOURCES} --nets 1 --soft 0", "one network",
-                                               range(1))}, PAIR, True)}
+                                               range(1))}, PAIR, True),
+    "sskd-halves": Table("sskd.py", {
+        "one network": Row("--nets 1", seeds=range(1)),
+        "one network, cameras centred": Row("--nets 1 --centre --sources {one network}/source",
+                                            "one network", range(1))}, HALVES, True)}
 VERDICTS = [  # the claim in the paper's words, what was compared, table, row, against
     ("CCSD: clusters split by camera", "split with L_intra (`--kd 0 --cross 0`) against "
      "ClusterContrast (`--refine none`)", "ccsd", "+ split", "baseline (ClusterContrast)"),
@@ -109,6 +135,8 @@ VERDICTS = [  # the claim in the paper's words, what was compared, table, row, a
      "+ split + distillation, no cross", "+ split"),
     ("MSKD: a student that meets less label noise", "student against its teacher", "mskd",
      "student, labels and distillation", "teacher"),
+    ("the same, at equal cost", "student against a teacher trained as long as both stages", "mskd",
+     "student, labels and distillation", "teacher as long as both stages"),
     ("MSKD: the teacher guides the student", "distillation on and off (`--mu 0`)", "mskd",
      "student, labels and distillation", "student, labels alone"),
     ("SSKD: soft labels beside hard ones", "soft labels on and off (`--soft 0`)", "sskd",
@@ -272,16 +300,18 @@ def describe(by_seed, interval):
     return f"{text}, {(by_seed > 0).sum()} of {len(by_seed)} seeds gain"
 
 
-def print_table(name):
+def table_of(name):
+    """-> a table as Markdown."""
     table, results = TABLES[name], read_results()
     runs = {row: results_of(name, row, results) for row in table.rows}
     every = [result for row in runs.values() for result in row.values()]
     soft = any("soft_own" in result["losses"] for result in every)
-    print(f"`python {' '.join([table.page, *table.flags.split()])} --seed S` and the flags of the "
-          "row" + (", `--root` and `--weights`" if table.real else "") + ".\n")
-    print("| row | flags | mAP | mAP by seed | R1 | ARI of the labels | "
-          + ("clusters in a soft label, weight on its own | " * soft) + "difference in mAP |")
-    print("|" + "---|" * (7 + soft))
+    text = [f"`python {' '.join([table.page, *table.flags.split()])} --seed S` and the flags of "
+            f"the row{', `--root` and `--weights`' * table.real}; {{row}} is the folder of that row's "
+            "run with the same seed.\n",
+            "| row | flags | mAP | mAP by seed | R1 | ARI of the labels | "
+            + ("clusters in a soft label, weight on its own | " * soft) + "difference in mAP |",
+            "|" + "---|" * (7 + soft)]
     for row, about in table.rows.items():
         found = runs[row]
         cells = [row, f"`{about.flags}`" if about.flags else ""]
@@ -301,34 +331,49 @@ def print_table(name):
             cells.append(f"to \"{about.against}\": {describe(*gain)}" if len(gain[0]) else "")
         else:
             cells.append("")
-        print("| " + " | ".join(cells) + " |")
+        text.append("| " + " | ".join(cells) + " |")
     if every:
         minutes = np.array([x["seconds"] / 60 for x in every])
-        print(f"\n{len(every)} runs, {minutes.min():.1f} to {minutes.max():.1f} minutes each, "
-              f"{'/'.join(sorted({str(x['threads']) for x in every}))} thread, torch "
-              f"{'/'.join(sorted({x['torch'] for x in every}))}, commit "
-              f"{', '.join(sorted({x['commit'] for x in every}))}.")
+        text.append(f"\n{len(every)} runs, {minutes.min():.1f} to {minutes.max():.1f} minutes "
+                    f"each, {'/'.join(sorted({str(x['threads']) for x in every}))} thread, torch "
+                    f"{'/'.join(sorted({x['torch'] for x in every}))}, commit "
+                    f"{', '.join(sorted({x['commit'] for x in every}))}.")
+    return "\n".join(text)
 
 
 def verdict_of(toy, market):
     """Two intervals of a difference -> in words. Of fewer than two runs an interval is infinite."""
-    if toy[0] > 0 and market[0] > 0:
-        return "shown"
-    if toy[1] < 0 and market[1] < 0:
-        return "refuted"
-    return "shown on the toy set" if toy[0] > 0 else "not shown"
+    places = dict(zip(("the toy set", "Market-1501"), (toy, market)))
+    up, down = ([name for name, (low, high) in places.items() if above(low, high)]
+                for above in (lambda low, high: low > 0, lambda low, high: high < 0))
+    if bool(up) == bool(down):
+        return "not shown"
+    word, where = ("shown", up) if up else ("refuted", down)
+    return word if len(where) == 2 else f"{word} on {where[0]}"
 
 
-def print_verdicts():
-    results = read_results()
-    print("| claim of the paper | compared | toy set: difference in mAP | Market-1501 | verdict |\n"
-          "|---|---|---|---|---|")
+def verdicts():
+    """-> the table of verdicts as Markdown."""
+    results, text = read_results(), [
+        "| claim of the paper | compared | toy set: difference in mAP | Market-1501 | verdict |",
+        "|---|---|---|---|---|"]
     for claim, compared, page, row, against in VERDICTS:
         gains = [difference(*(results_of(f"{page}-{data}", which, results)
                               for which in (row, against))) for data in ("toy", "market")]
         verdict = verdict_of(*(interval for _, interval in gains))
-        print(f"| {claim} | {compared} | {' | '.join(describe(*gain) for gain in gains)} | "
-              f"{verdict} |")
+        text.append(f"| {claim} | {compared} | {' | '.join(describe(*gain) for gain in gains)} | "
+                    f"{verdict} |")
+    return "\n".join(text)
+
+
+def printed(name):
+    return verdicts() if name == "verdicts" else table_of(name)
+
+
+def with_tables(text):
+    """-> the text with what stands between <!-- TABLE --> and <!-- end --> printed anew."""
+    return re.sub(r"(<!-- ([a-z-]+) -->\n).*?(<!-- end -->)",
+                  lambda found: f"{found[1]}{printed(found[2])}\n{found[3]}", text, flags=re.DOTALL)
 
 
 def main():
@@ -339,13 +384,16 @@ def main():
     parser.add_argument("--root", help="where data sets are")
     parser.add_argument("--weights", help="file of the initial weights")
     args = parser.parse_args()
-    if args.table == "verdicts":
-        return print_verdicts()
-    if not args.print:
+    if args.table != "verdicts" and not args.print:
         more = [word for flag in ("root", "weights") if getattr(args, flag)
                 for word in (f"--{flag}", getattr(args, flag))]
         run_table(args.table, more)
-    print_table(args.table)
+        for path in TEXTS:
+            with open(path, encoding="utf-8") as file:
+                text = with_tables(file.read())
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+    print(printed(args.table))
 
 
 if __name__ == "__main__":
