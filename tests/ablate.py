@@ -304,7 +304,7 @@ def table_of(name):
     """-> a table as Markdown."""
     table, results = TABLES[name], read_results()
     runs = {row: results_of(name, row, results) for row in table.rows}
-    every = [result for row in runs.values() for result in row.values()]
+    every = {run["command"]: run for row in runs.values() for run in row.values()}.values()
     soft = any("soft_own" in result["losses"] for result in every)
     text = [f"`python {' '.join([table.page, *table.flags.split()])} --seed S` and the flags of "
             f"the row{', `--root` and `--weights`' * table.real}; {{row}} is the folder of that row's "
@@ -334,8 +334,9 @@ def table_of(name):
         text.append("| " + " | ".join(cells) + " |")
     if every:
         minutes = np.array([x["seconds"] / 60 for x in every])
-        text.append(f"\n{len(every)} runs, {minutes.min():.1f} to {minutes.max():.1f} minutes "
-                    f"each, {'/'.join(sorted({str(x['threads']) for x in every}))} thread, torch "
+        span = " to ".join(f"{x:.1f}" for x in sorted({minutes.min(), minutes.max()}))
+        text.append(f"\n{len(every)} run{'s' * (len(every) > 1)}, {span} minutes each, "
+                    f"{'/'.join(sorted({str(x['threads']) for x in every}))} thread, torch "
                     f"{'/'.join(sorted({x['torch'] for x in every}))}, commit "
                     f"{', '.join(sorted({x['commit'] for x in every}))}.")
     return "\n".join(text)
