@@ -338,7 +338,7 @@ def resnet_backbone(arch, weights):
 @torch.no_grad()
 def extract_features(model, images, batch_size=None):
     """(N, 3, H, W) uint8 -> (N, D) float32 on the model's device, in eval mode; with parts
-    (1 + parts, N, D). Images need not fit on the device; 64 of them fit a CPU's caches."""
+    (1 + parts, N, D). Images need not fit on the device. Batches: 64 fit a CPU's caches."""
     device, training = next(model.parameters()).device, model.training
     size, mine = batch_size or (64 if device.type == "cpu" else 256), own(images)
     model.eval()

@@ -44,13 +44,11 @@ class Table(NamedTuple):
     real: bool = False  # needs --root and --weights
 
 
-CPU = ("--data market1501 --arch resnet18-layer3 --size 128 64 --epochs 20 --iters 100 --batch-size"
-       " 64 --num-instances 4 --bn-splits 1 --bf16 --lr-drop 0 --eval-every 20")
-HOUR = CPU.replace("20", "30").replace("100", "200")
-PAIR = ("--source cuhk03 --data market1501 --arch resnet18-layer3 --size 96 48 --source-epochs 10 "
+SMALL = ("--data market1501 --arch resnet18-layer3 --size 128 64 --epochs {0} --iters {1} "
+         "--batch-size 64 --num-instances 4 --bn-splits 1 --bf16 --lr-drop 0 --eval-every {0}")
+CPU, HOUR = SMALL.format(20, 100), SMALL.format(30, 200)
+PAIR = ("--source {} --data {} --arch resnet18-layer3 --size 96 48 --source-epochs 10 "
         "--epochs 10 --iters 200 --bf16 --bn-splits 1 --rho 4e-4 --lr-drop 0 --eval-every 10")
-HALVES = PAIR.replace("cuhk03", "market1501:source").replace(
-    "data market1501", "data market1501:target")
 CCSD = {
     "baseline (ClusterContrast)": Row("--refine none"),
     "+ split": Row("--kd 0 --cross 0", "baseline (ClusterContrast)"),
@@ -118,11 +116,13 @@ TABLES = {
                                                "identity learning alone", range(1)),
         "one network": Row(f"{SOURCES} --nets 1", "default", range(1)),
         "one network without soft labels": Row(f"{SOURCES} --nets 1 --soft 0", "one network",
-                                               range(1))}, PAIR, True),
+                                               range(1))},
+                         PAIR.format("cuhk03", "market1501"), True),
     "sskd-halves": Table("sskd.py", {
         "one network": Row("--nets 1", seeds=range(1)),
         "one network, cameras centred": Row("--nets 1 --centre --sources {one network}/source",
-                                            "one network", range(1))}, HALVES, True)}
+                                            "one network", range(1))},
+                         PAIR.format("market1501:source", "market1501:target"), True)}
 VERDICTS = [  # the claim in the paper's words, what was compared, table, row, against
     ("CCSD: clusters split by camera", "split with L_intra (`--kd 0 --cross 0`) against "
      "ClusterContrast (`--refine none`)", "ccsd", "+ split", "baseline (ClusterContrast)"),
@@ -307,8 +307,8 @@ def table_of(name):
     every = {run["command"]: run for row in runs.values() for run in row.values()}.values()
     soft = any("soft_own" in result["losses"] for result in every)
     text = [f"`python {' '.join([table.page, *table.flags.split()])} --seed S` and the flags of "
-            f"the row{', `--root` and `--weights`' * table.real}; {{row}} is the folder of that row's "
-            "run with the same seed.\n",
+            f"the row{', `--root` and `--weights`' * table.real}; {{row}} is the folder of that "
+            "row's run with the same seed.\n",
             "| row | flags | mAP | mAP by seed | R1 | ARI of the labels | "
             + ("clusters in a soft label, weight on its own | " * soft) + "difference in mAP |",
             "|" + "---|" * (7 + soft)]
@@ -335,7 +335,8 @@ def table_of(name):
     if every:
         minutes = np.array([x["seconds"] / 60 for x in every])
         span = " to ".join(f"{x:.1f}" for x in sorted({minutes.min(), minutes.max()}))
-        text.append(f"\n{len(every)} run{'s' * (len(every) > 1)}, {span} minutes each, "
+        several = len(every) > 1
+        text.append(f"\n{len(every)} run{'s' * several}, {span} minutes{' each' * several}, "
                     f"{'/'.join(sorted({str(x['threads']) for x in every}))} thread, torch "
                     f"{'/'.join(sorted({x['torch'] for x in every}))}, commit "
                     f"{', '.join(sorted({x['commit'] for x in every}))}.")
@@ -344,9 +345,9 @@ def table_of(name):
 
 def verdict_of(toy, market):
     """Two intervals of a difference -> in words. Of fewer than two runs an interval is infinite."""
-    places = dict(zip(("the toy set", "Market-1501"), (toy, market)))
-    up, down = ([name for name, (low, high) in places.items() if above(low, high)]
-                for above in (lambda low, high: low > 0, lambda low, high: high < 0))
+    places = ("the toy set", toy), ("Market-1501", market)
+    up = [place for place, (low, _) in places if low > 0]
+    down = [place for place, (_, high) in places if high < 0]
     if bool(up) == bool(down):
         return "not shown"
     word, where = ("shown", up) if up else ("refuted", down)

@@ -101,6 +101,8 @@ def test_the_written_tables_are_what_is_printed():
         with open(path, encoding="utf-8") as file:
             text = file.read()
         names += re.findall("<!-- (?!end)([a-z-]+) -->", text)
-        assert ablate.with_tables(text) == text, (
+        older = text.replace("difference in mAP |", "")  # in the head of every table only
+        assert older.count("\n<!-- end -->") == text.count("difference in mAP |") > 0
+        assert ablate.with_tables(older) == ablate.with_tables(text) == text, (
             f"{path} has older tables than results.jsonl; python tests/ablate.py TABLE writes them")
     assert sorted(names) == sorted([*ablate.TABLES, "verdicts"])

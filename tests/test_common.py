@@ -440,8 +440,9 @@ def test_evaluate_refuses_nonsense():
     query, gallery = people(5, 0), people(9, 1)
     bad = unit(5)
     bad[0, 0] = math.inf
-    with pytest.raises(common.Problem, match="not finite"):
-        common.evaluate(bad, unit(9), query, gallery)
+    for features in ((bad, unit(9)), (unit(5), torch.cat([bad, unit(4)]))):
+        with pytest.raises(common.Problem, match="not finite"):
+            common.evaluate(*features, query, gallery)
     with pytest.raises(common.Problem, match="no query has a right answer"):
         common.evaluate(unit(5), unit(9), query, gallery._replace(pids=gallery.pids + 100))
 

@@ -292,6 +292,8 @@ def test_a_long_run_says_how_long(tmp_path, capsys, monkeypatch):
     assert "hours" not in capsys.readouterr().err                  # once is enough
     ccsd.get_args(["--data", "market1501", *common.ON_A_CPU.split()])
     sskd.get_args(["--data", "market1501", *common.ON_A_CPU.split()])
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        assert f"`{common.ON_A_CPU}`" in " ".join(file.read().split())
 
 
 def test_time_left(tiny, tmp_path, capsys):
