@@ -1009,8 +1009,8 @@ def fill(module, state, what, unused=()):
 DEVICES = ("auto", "cpu", "cuda", "mps")
 NO_NUMBER = {"out", "first_stage", "code", "root", "device", "eval_every", "resume", "on_collapse",
              "recompute"}  # flags and notes that do not change the results
-ON_A_CPU = ("--arch resnet18-layer3 --size 128 64 --epochs 30 --iters 200 --batch-size 64 "
-            "--num-instances 4 --bn-splits 1 --lr-drop 0 --bf16 --centre")
+ON_A_CPU = ("--arch resnet18-layer3 --size 128 64 --epochs 40 --iters 200 --batch-size 64 "
+            "--num-instances 4 --bn-splits 1 --lr-drop 0 --eps .5 --bf16 --centre")
 SCHEDULE = dict(
     epochs=(int, 1, "epochs, each with a new clustering"), iters=(int, 1, "batches per epoch"),
     batch_size=(int, 2, "B = P x K images"), num_instances=(int, 1, "K, images per cluster"),
