@@ -118,7 +118,10 @@ TABLES = {
                                                "identity learning alone", range(1)),
         "one network": Row(f"{SOURCES} --nets 1", "default", range(1)),
         "one network without soft labels": Row(f"{SOURCES} --nets 1 --soft 0", "one network",
-                                               range(1))},
+                                               range(1)),
+        "one view for all networks": Row(f"{SOURCES} --shared-view", "default", range(1)),
+        "one view without soft labels": Row(f"{SOURCES} --shared-view --soft 0",
+                                            "one view for all networks", range(1))},
                          PAIR.format("cuhk03", "market1501"), True),
     "sskd-halves": Table("sskd.py", {
         "one network": Row("--nets 1", seeds=range(1)),
@@ -144,7 +147,9 @@ VERDICTS = [  # the claim in the paper's words, what was compared, table, row, a
     ("SSKD: soft labels beside hard ones", "soft labels on and off (`--soft 0`)", "sskd",
      "default", "default without soft labels"),
     ("the same, without the code's two other terms", "on and off, both with `--ms 0 --nuc 0`",
-     "sskd", "identity learning + soft labels", "identity learning alone")]
+     "sskd", "identity learning + soft labels", "identity learning alone"),
+    ("the same, network and peer see one view", "on and off, both with `--shared-view`", "sskd",
+     "one view for all networks", "one view without soft labels")]
 
 
 # ========================================================================================== running
