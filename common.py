@@ -882,8 +882,8 @@ def read_own(home):
                       "of a data set or of images)")
     check_files([home, *{os.path.dirname(row[0]) for row in rows}], rows)
     known, seen = (all(row[i] is not None for row in rows) for i in (1, 2))
-    print(f"{home}: " + ("person ids are known" if known else "no person ids, so nothing is scored")
-          + ("" if seen else "; no cameras, so all images count as one camera's"), file=sys.stderr)
+    say(f"{home}: " + ("person ids are known" if known else "no person ids, so nothing is scored")
+        + ("" if seen else "; no cameras, so all images count as one camera's"), sys.stderr)
     return [(path, person if known else None, camera if seen else 0)
             for path, person, camera in rows]
 
@@ -953,8 +953,8 @@ def check_rows(name, folder, rows, at_least):
         if any(person is not None and not 0 <= person < 10**9 for _, person, _ in split):
             raise Problem(f"{folder}: a person in {kind} is below -1 or above 999,999,999 (rename)")
         if count not in (None, len(split)):
-            print(f"warning: {name} {kind}: {len(split):,} images in {folder}, {count:,} published",
-                  file=sys.stderr)
+            say(f"warning: {name} {kind}: {len(split):,} images in {folder}, {count:,} published",
+                sys.stderr)
     if any(rows[1:]) and not {row[1] for row in rows[1]} & {row[1] for row in rows[2]}:
         raise Problem(f"{folder}: nobody in the query split is in the gallery (check both folders)")
     if len(rows[0]) < at_least:

@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 import ccsd
+import common
 import mskd
 import sskd
 
@@ -69,6 +70,30 @@ def test_a_table_prints_what_the_file_holds(tmp_path, monkeypatch):
                                ((-np.inf, np.inf), (1, 2), "shown on Market-1501"),
                                ((1, 2), (-2, -1), "not shown"), ((-1, 2), (-1, 2), "not shown")):
         assert ablate.verdict_of(toy, market) == words
+
+
+def test_seeds_that_chose_a_setting_do_not_confirm_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "RESULTS", str(tmp_path / "results.jsonl"))
+    with open(ablate.RESULTS, "w") as file:
+        for data, seeds, gain in (("toy", range(3), .3), ("toy", range(3, 6), .1),
+                                  ("market", range(1), .2)):
+            for row in ("one view for all networks", "one view without soft labels"):
+                for seed in seeds:
+                    _, key = ablate.command(f"sskd-{data}", row, seed)
+                    file.write(json.dumps(dict(command=" ".join(key), scores=dict(
+                        mAP=.5 + gain * ("without" not in row)))) + "\n")
+    *_, line = ablate.verdicts().splitlines()
+    assert "seeds 0 to 2" in line and "| +10.0 [10.0, 10.0], 3 of 3 seeds gain | +20.0," in line
+
+
+def test_the_run_on_a_cpu_is_the_one_that_was_measured():
+    row = "40 epochs, eps = .5"
+    words, key = ablate.command("ccsd-hour", row, 0)
+    assert set(common.ON_A_CPU.split()) < set(words)
+    scores = ablate.read_results()[tuple(key)]["scores"]
+    with open(ablate.TEXTS[0], encoding="utf-8") as file:
+        line = next(line for line in file if line.startswith("| real images, small |"))
+    assert line.endswith(f"| {100 * scores['mAP']:.1f} / {100 * scores['rank1']:.1f} |\n")
 
 
 def test_a_commit_is_clean_if_its_sources_are():
