@@ -65,7 +65,7 @@ SETTINGS = {  # defaults of the flags; tests/RESULTS.md says how the toy set's w
 SETTINGS["toy-source"] = SETTINGS["toy"]
 SETTINGS["msmt17"] = dict(SETTINGS["market1501"], iters=400, eps=.7)
 WEIGHT_DECAY = 5e-4
-STUDENT_FLAGS = ("teacher", "mu", "teacher_bn")  # of the student alone: a teacher ignores them
+STUDENT_FLAGS = "teacher", "mu", "mu_drop", "teacher_bn"  # of the student; a teacher ignores them
 
 
 def get_args(argv=None):
@@ -74,13 +74,15 @@ def get_args(argv=None):
     add("--stage", choices=("both", "teacher", "student"), default="both", help="a stage that is "
         "finished in OUT is skipped (%(default)s)")
     add("--teacher", help="folder of a finished teacher, used instead of a new one (that of "
-        "a run with the same flags but --mu and --teacher-bn, or OUT/teacher)")
+        "a run with the same flags but those of the student, or OUT/teacher)")
     add("--l1", type=number(float, 0, .49), default=.15, help="weight of each half's distance "
         "(%(default)s / 0.15)")
     add("--l2", type=number(float, 0, 1), default=.2, help="weight of each half's loss "
         "(%(default)s / 0.2)")
     add("--mu", type=number(float, 0), default=1, help="weight of distillation; 0: the teacher "
         "provides only the labels and memories of the first round (%(default)s / 1)")  # D3
+    add("--mu-drop", type=number(int, 0), default=0, help="mu is 0 after so many epochs, when the "
+        "student knows more than its teacher; 0: never (%(default)s / 0)")
     add("--teacher-bn", choices=("batch", "running"), help="batch-norm statistics that the "
         "teacher uses: the batch's or its running ones (%(default)s / batch)")
     add("--temp", type=number(float, 1e-3), default=.05, help="tau (%(default)s / 0.05)")
@@ -241,7 +243,7 @@ def train_stage(args, stage, out, teacher_folder=None):
             L_g, L_u, L_d = view_losses(f, memory, k, args.temp)
 
             # 5c the target: the teacher's features of the same images, less affected by the noise
-            if teacher and args.mu:
+            if teacher and args.mu and (epoch < args.mu_drop or not args.mu_drop):
                 t = common.forward(teacher, batch, args.bn_splits)                # (3, B, D)
                 D_g, D_u, D_d = distillation_losses(f, t)
 

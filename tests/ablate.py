@@ -60,6 +60,8 @@ MSKD = {
     "student, labels alone": Row("--stage student --teacher {teacher}/teacher --mu 0", "teacher"),
     "student, labels and distillation": Row("--stage student --teacher {teacher}/teacher",
                                             "student, labels alone"),
+    "student, distillation for 5 epochs": Row(
+        "--stage student --teacher {teacher}/teacher --mu-drop 5", "student, labels alone"),
     "teacher as long as both stages": Row("--stage teacher --epochs 41", "teacher")}
 SOURCES = "--sources {default}/source"
 TABLES = {
@@ -69,6 +71,8 @@ TABLES = {
         "+ split, reassign": Row("--kd 0 --cross 0 --refine reassign", "+ split", THREE),
         "+ split, recluster": Row("--kd 0 --cross 0 --refine recluster", "+ split", THREE),
         "all terms, reassign": Row("--refine reassign", "+ split + cross + distillation", THREE),
+        "all terms, b = 2": Row("--kd 2", "+ split + cross + distillation", THREE),
+        "all terms, b = 4": Row("--kd 4", "+ split + cross + distillation", THREE),
         "bound: baseline on the true ids": Row("--refine none --true-ids", seeds=THREE)}),
     "mskd-toy": Table("mskd.py", {
         **MSKD,
