@@ -37,6 +37,15 @@ class Row(NamedTuple):
     seeds: range = TEN
 
 
+class Verdict(NamedTuple):
+    claim: str          # in the paper's words
+    compared: str       # in ours
+    page: str           # of the tables PAGE-toy and PAGE-market
+    row: str
+    against: str
+    epoch: int = None   # scores of this epoch instead of the last
+
+
 class Table(NamedTuple):
     page: str
     rows: dict          # name: Row
@@ -45,8 +54,8 @@ class Table(NamedTuple):
 
 
 SMALL = ("--data market1501 --arch resnet18-layer3 --size 128 64 --epochs {0} --iters {1} "
-         "--batch-size 64 --num-instances 4 --bn-splits 1 --bf16 --lr-drop 0 --eval-every {0}")
-CPU, HOUR = SMALL.format(20, 100), SMALL.format(40, 200)
+         "--batch-size 64 --num-instances 4 --bn-splits 1 --bf16 --lr-drop 0 --eval-every {2}")
+CPU, HOUR = SMALL.format(20, 100, 20), SMALL.format(40, 200, 40)
 PAIR = ("--source {} --data {} --arch resnet18-layer3 --size 96 48 --source-epochs 10 "
         "--epochs 10 --iters 200 --bf16 --bn-splits 1 --rho 4e-4 --lr-drop 0 --eval-every 10")
 CCSD = {
@@ -110,10 +119,10 @@ TABLES = {
         }.items()}, CPU, True),
     "ccsd-hour": Table("ccsd.py", {
         "40 epochs, eps = .5": Row(f"{HOUR} --eps .5 --centre", seeds=THREE),
-        "30 epochs, eps = .6": Row(f"{SMALL.format(30, 200)} --centre", seeds=range(1))},
+        "30 epochs, eps = .6": Row(f"{SMALL.format(30, 200, 30)} --centre", seeds=range(1))},
                        real=True),
     "mskd-market": Table("mskd.py", {name: row._replace(seeds=THREE) for name, row in MSKD.items()},
-                         CPU, True),
+                         SMALL.format(20, 100, 5), True),
     "sskd-market": Table("sskd.py", {
         "default": Row("", seeds=range(1)),
         "default without soft labels": Row(f"{SOURCES} --soft 0", "default", range(1)),
@@ -132,30 +141,38 @@ TABLES = {
         "one network, cameras centred": Row("--nets 1 --centre --sources {one network}/source",
                                             "one network", range(1))},
                          PAIR.format("market1501:source", "market1501:target"), True)}
-VERDICTS = [  # the claim in the paper's words, what was compared, table, row, against
-    ("CCSD: clusters split by camera", "split with L_intra (`--kd 0 --cross 0`) against "
-     "ClusterContrast (`--refine none`)", "ccsd", "+ split", "baseline (ClusterContrast)"),
-    ("CCSD as a whole", "all terms against ClusterContrast", "ccsd",
-     "+ split + cross + distillation", "baseline (ClusterContrast)"),
-    ("CCSD: intra-camera similarity teaches cross-camera similarity",
-     "distillation on and off (`--kd 0`)", "ccsd", "+ split + cross + distillation",
-     "+ split + cross"),
-    ("the same, as the only bridge between cameras", "on and off, both with `--cross 0`", "ccsd",
-     "+ split + distillation, no cross", "+ split"),
-    ("MSKD: a student that meets less label noise", "student against its teacher", "mskd",
-     "student, labels and distillation", "teacher"),
-    ("the same, at equal cost", "student against a teacher trained as long as both stages", "mskd",
-     "student, labels and distillation", "teacher as long as both stages"),
-    ("MSKD: the teacher guides the student", "distillation on and off (`--mu 0`)", "mskd",
-     "student, labels and distillation", "student, labels alone"),
-    ("SSKD: soft labels beside hard ones", "soft labels on and off (`--soft 0`)", "sskd",
-     "default", "default without soft labels"),
-    ("the same, without the code's two other terms", "on and off, both with `--ms 0 --nuc 0`",
-     "sskd", "identity learning + soft labels", "identity learning alone"),
-    ("the same, network and peer see one view", "on and off, both with `--shared-view`, a setting "
-     "chosen on toy seeds 0 to 2, which are left out", "sskd", "one view for all networks",
-     "one view without soft labels")]
-CHOSEN_ON = {"one view for all networks": THREE}  # row of a verdict: toy seeds that confirm nothing
+VERDICTS = [
+    Verdict("CCSD: clusters split by camera", "split with L_intra (`--kd 0 --cross 0`) against "
+            "ClusterContrast (`--refine none`)", "ccsd", "+ split", "baseline (ClusterContrast)"),
+    Verdict("CCSD as a whole", "all terms against ClusterContrast", "ccsd",
+            "+ split + cross + distillation", "baseline (ClusterContrast)"),
+    Verdict("CCSD: intra-camera similarity teaches cross-camera similarity",
+            "distillation on and off (`--kd 0`)", "ccsd", "+ split + cross + distillation",
+            "+ split + cross"),
+    Verdict("the same, as the only bridge between cameras", "on and off, both with `--cross 0`",
+            "ccsd", "+ split + distillation, no cross", "+ split"),
+    Verdict("MSKD: a student that meets less label noise", "student against its teacher", "mskd",
+            "student, labels and distillation", "teacher"),
+    Verdict("the same, at equal cost", "student against a teacher trained as long as both stages",
+            "mskd", "student, labels and distillation", "teacher as long as both stages"),
+    Verdict("MSKD: the teacher guides the student, which converges fast", "distillation on and off "
+            "(`--mu 0`), after 5 of 20 epochs", "mskd", "student, labels and distillation",
+            "student, labels alone", epoch=5),
+    Verdict("the same, at the end", "on and off, after all epochs", "mskd",
+            "student, labels and distillation", "student, labels alone"),
+    Verdict("the same, while the teacher knows more", "`--mu-drop 5` against `--mu 0`; 5 was "
+            "chosen on toy seeds 0 to 2, which are left out", "mskd",
+            "student, distillation for 5 epochs", "student, labels alone"),
+    Verdict("SSKD: soft labels beside hard ones", "soft labels on and off (`--soft 0`)", "sskd",
+            "default", "default without soft labels"),
+    Verdict("the same, without the code's two other terms", "on and off, both with "
+            "`--ms 0 --nuc 0`", "sskd", "identity learning + soft labels",
+            "identity learning alone"),
+    Verdict("the same, network and peer see one view", "on and off, both with `--shared-view`, a "
+            "setting chosen on toy seeds 0 to 2, which are left out", "sskd",
+            "one view for all networks", "one view without soft labels")]
+CHOSEN_ON = dict.fromkeys(  # rows of verdicts: toy seeds that confirm nothing
+    ("student, distillation for 5 epochs", "one view for all networks"), THREE)
 
 
 # ========================================================================================== running
@@ -292,11 +309,20 @@ def spread(values):
     return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 
-def difference(mine, other, alpha=.05):
-    """Two {seed: result} -> differences in mAP by seed, in points, and Student's t interval."""
-    seeds = sorted(mine.keys() & other.keys())
-    by_seed = np.array([100 * (mine[seed]["scores"]["mAP"] - other[seed]["scores"]["mAP"])
-                        for seed in seeds])
+def on_the_way(result):
+    """-> {epoch or "first round": mAP} of a result's evaluations between warm-up and last epoch."""
+    return {"first round" if "round" in title else int(title.split()[0]): score
+            for title, score in list(result.get("mAP", {}).items())[:-1]
+            if title not in ("0 start", "0 warmed up")}
+
+
+def difference(mine, other, epoch=None, alpha=.05):
+    """Two {seed: result} -> differences in mAP by seed, in points, and Student's t interval; after
+    `epoch` if given, else after the last."""
+    mine, other = ({seed: on_the_way(result).get(epoch) if epoch else result["scores"]["mAP"]
+                    for seed, result in results.items()} for results in (mine, other))
+    by_seed = np.array([100 * (mine[seed] - other[seed]) for seed in sorted(mine)
+                        if None not in (mine[seed], other.get(seed))])
     if len(by_seed) < 2:
         return by_seed, (-np.inf, np.inf)
     half = stats.t.ppf(1 - alpha / 2, len(by_seed) - 1) * stats.sem(by_seed)
@@ -319,12 +345,14 @@ def table_of(name):
     runs = {row: results_of(name, row, results) for row in table.rows}
     every = {run["command"]: run for row in runs.values() for run in row.values()}.values()
     soft = any("soft_own" in result["losses"] for result in every)
+    way = any(on_the_way(result) for result in every)
     text = [f"`python {' '.join([table.page, *table.flags.split()])} --seed S` and the flags of "
             f"the row{', `--root` and `--weights`' * table.real}; {{row}} is the folder of that "
             "row's run with the same seed.\n",
             "| row | flags | mAP | mAP by seed | R1 | ARI of the labels | "
-            + ("clusters in a soft label, weight on its own | " * soft) + "difference in mAP |",
-            "|" + "---|" * (7 + soft)]
+            + "clusters in a soft label, weight on its own | " * soft
+            + "mAP after earlier epochs | " * way + "difference in mAP |",
+            "|" + "---|" * (7 + soft + way)]
     for row, about in table.rows.items():
         found = runs[row]
         cells = [row, f"`{about.flags}`" if about.flags else ""]
@@ -337,8 +365,13 @@ def table_of(name):
                 cells.append(", ".join(
                     f"{np.mean([x['losses'][key] for x in found.values()]):.2f}"
                     for key in ("soft_clusters", "soft_own")))
+            if way:
+                curves = [on_the_way(x) for x in found.values()]
+                cells.append(", ".join(
+                    f"{epoch}: {100 * np.mean([curve[epoch] for curve in curves]):.1f}"
+                    for epoch in curves[0]))
         else:
-            cells += ["not run"] + [""] * (3 + soft)
+            cells += ["not run"] + [""] * (3 + soft + way)
         if about.against:
             gain = difference(found, runs[about.against])
             cells.append(f"to \"{about.against}\": {describe(*gain)}" if len(gain[0]) else "")
@@ -372,13 +405,13 @@ def verdicts():
     results, text = read_results(), [
         "| claim of the paper | compared | toy set: difference in mAP | Market-1501 | verdict |",
         "|---|---|---|---|---|"]
-    for claim, compared, page, row, against in VERDICTS:
+    for claim, compared, page, row, against, epoch in VERDICTS:
         gains = []
         for data in ("toy", "market"):
             mine, other = (results_of(f"{page}-{data}", which, results) for which in (row, against))
             for seed in CHOSEN_ON.get(row, ()) if data == "toy" else ():
                 mine.pop(seed, None)
-            gains.append(difference(mine, other))
+            gains.append(difference(mine, other, epoch))
         verdict = verdict_of(*(interval for _, interval in gains))
         text.append(f"| {claim} | {compared} | {' | '.join(describe(*gain) for gain in gains)} | "
                     f"{verdict} |")

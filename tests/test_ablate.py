@@ -29,7 +29,7 @@ def test_every_command_parses_and_has_a_folder_of_its_own():
                 args = PAGES[page].get_args(words)
                 assert args.seed == seed and args.out not in folders
                 folders.add(args.out)
-    for _, _, page, row, against in ablate.VERDICTS:
+    for _, _, page, row, against, _ in ablate.VERDICTS:
         for data in ("toy", "market"):
             assert {row, against} <= ablate.TABLES[f"{page}-{data}"].rows.keys()
 
@@ -57,11 +57,18 @@ def test_a_table_prints_what_the_file_holds(tmp_path, monkeypatch):
                 _, key = ablate.command("ccsd-toy", row, seed)
                 result = dict(command=" ".join(key), commit="abc", torch="2", threads=1, seconds=60,
                               scores=dict(mAP=.5 + .2 * seed + gain, rank1=.7),
-                              quality=dict(ARI=.6), losses=dict(base=1))
+                              quality=dict(ARI=.6), losses=dict(base=1),
+                              mAP={"0 start": .1, "0 warmed up": .2, "0 first round": .3,
+                                   "5 epoch 5/20": .4 + 2 * gain, "20 epoch 20/20": .5})
                 file.write(json.dumps(result) + "\n")
     lines = ablate.printed("ccsd-toy").splitlines()
     row = next(line for line in lines if line.startswith("| + split + cross |"))
     assert "| 70.0 ± 14.1 | 60.0 / 80.0 |" in row and '+10.0' in row and "2 of 2 seeds" in row
+    assert "| first round: 30.0, 5: 60.0 |" in row
+    mine, other = (ablate.results_of("ccsd-toy", name, ablate.read_results())
+                   for name in ("+ split + cross", "+ split"))
+    np.testing.assert_allclose(ablate.difference(mine, other, epoch=5)[0], [20, 20])
+    assert not len(ablate.difference(mine, other, epoch=6)[0])
     assert "not run" in next(line for line in lines if "bound" in line)
     assert "not run" in ablate.printed("verdicts")
     for toy, market, words in (((1, 2), (.1, 3), "shown"), ((-3, -1), (-2, -1), "refuted"),
