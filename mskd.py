@@ -39,6 +39,8 @@ Differences from the code
 Not stated in paper or code, our choices
   N1 the first round counts in the schedule: --lr-drop 20 acts after epochs 19 and 39, as in the
      code, and the cosine of --lr-drop 0 includes it too
+  N2 --mu-drop N, off by default: an experiment that ends 5c when the student has caught up with its
+     teacher; after 5 epochs it gained nothing on the toy set (tests/RESULTS.md)
   W  --weights none adds what no paper claims: a warm-up without labels, colour jitter, IBN-a blocks
      in the small network, and --centre: subtract each camera's mean feature before clustering
 Run
@@ -81,8 +83,8 @@ def get_args(argv=None):
         "(%(default)s / 0.2)")
     add("--mu", type=number(float, 0), default=1, help="weight of distillation; 0: the teacher "
         "provides only the labels and memories of the first round (%(default)s / 1)")  # D3
-    add("--mu-drop", type=number(int, 0), default=0, help="mu is 0 after so many epochs, when the "
-        "student knows more than its teacher; 0: never (%(default)s / 0)")
+    add("--mu-drop", type=number(int, 0), default=0, help="distillation ends after so many "
+        "epochs, our experiment; 0: never (%(default)s / 0)")  # N2
     add("--teacher-bn", choices=("batch", "running"), help="batch-norm statistics that the "
         "teacher uses: the batch's or its running ones (%(default)s / batch)")
     add("--temp", type=number(float, 1e-3), default=.05, help="tau (%(default)s / 0.05)")
