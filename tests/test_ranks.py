@@ -74,6 +74,7 @@ def runs(flags, tmp_path_factory):
 
 def stop_after_an_epoch(words):
     """Run ccsd.py in this process; Ctrl-C before the second epoch."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else ignored in a background job
     batches, calls = common.pk_batches, []
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(common, "pk_batches", lambda *args: batches(*args) if not calls.append(1)
