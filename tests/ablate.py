@@ -91,7 +91,13 @@ TABLES = {
             "student, labels and distillation", THREE),
         "the same, mu = 4": Row(
             "--stage student --teacher {teacher}/teacher --teacher-bn batch --mu 4",
-            "teacher with the batch's statistics", THREE)}),
+            "teacher with the batch's statistics", THREE),
+        "the long teacher's student, labels alone": Row(
+            "--stage student --teacher {teacher as long as both stages}/teacher --mu 0",
+            "teacher as long as both stages", THREE),
+        "the long teacher's student, labels and distillation": Row(
+            "--stage student --teacher {teacher as long as both stages}/teacher",
+            "the long teacher's student, labels alone", THREE)}),
     "sskd-toy": Table("sskd.py", {
         "default": Row(""),
         "identity learning alone": Row(f"{SOURCES} --soft 0 --ms 0 --nuc 0"),
