@@ -39,8 +39,6 @@ Differences from the code
 Not stated in paper or code, our choices
   N1 the first round counts in the schedule: --lr-drop 20 acts after epochs 19 and 39, as in the
      code, and the cosine of --lr-drop 0 includes it too
-  N2 --mu-drop N, off by default: an experiment that ends 5c when the student has caught up with its
-     teacher; after 5 epochs it gained nothing on the toy set (tests/RESULTS.md)
   W  --weights none adds what no paper claims: a warm-up without labels, colour jitter, IBN-a blocks
      in the small network, and --centre: subtract each camera's mean feature before clustering
 Run
@@ -67,7 +65,7 @@ SETTINGS = {  # defaults of the flags; tests/RESULTS.md says how the toy set's w
 SETTINGS["toy-source"] = SETTINGS["toy"]
 SETTINGS["msmt17"] = dict(SETTINGS["market1501"], iters=400, eps=.7)
 WEIGHT_DECAY = 5e-4
-STUDENT_FLAGS = "teacher", "mu", "mu_drop", "teacher_bn"  # of the student; a teacher ignores them
+STUDENT_FLAGS = "teacher", "mu", "teacher_bn"  # of the student; a teacher ignores them
 
 
 def get_args(argv=None):
@@ -83,8 +81,6 @@ def get_args(argv=None):
         "(%(default)s / 0.2)")
     add("--mu", type=number(float, 0), default=1, help="weight of distillation; 0: the teacher "
         "provides only the labels and memories of the first round (%(default)s / 1)")  # D3
-    add("--mu-drop", type=number(int, 0), default=0, help="distillation ends after so many "
-        "epochs, our experiment; 0: never (%(default)s / 0)")  # N2
     add("--teacher-bn", choices=("batch", "running"), help="batch-norm statistics that the "
         "teacher uses: the batch's or its running ones (%(default)s / batch)")
     add("--temp", type=number(float, 1e-3), default=.05, help="tau (%(default)s / 0.05)")
@@ -245,7 +241,7 @@ def train_stage(args, stage, out, teacher_folder=None):
             L_g, L_u, L_d = view_losses(f, memory, k, args.temp)
 
             # 5c the target: the teacher's features of the same images, less affected by the noise
-            if teacher and args.mu and (epoch < args.mu_drop or not args.mu_drop):
+            if teacher and args.mu:
                 t = common.forward(teacher, batch, args.bn_splits)                # (3, B, D)
                 D_g, D_u, D_d = distillation_losses(f, t)
 

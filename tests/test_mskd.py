@@ -133,13 +133,6 @@ def test_the_student_round_by_round(both, tiny, tmp_path, monkeypatch, watch, af
     assert learns == [True] * 4 + [False] + [True] * 2 + [True] * 3 + [True] * 2
 
 
-def test_mu_drop_ends_the_distillation(both, tiny, tmp_path, watch):
-    L, D = watch(mskd, "view_losses"), watch(mskd, "distillation_losses")
-    mskd.main(short(tiny, tmp_path, "--teacher", str(both[0] / "teacher"), "--mu-drop", "1",
-                    "--epochs", "3"))
-    assert (len(L), len(D)) == (2 * 2 + 3 * 2, 2 * 2 + 2)  # the first round, which is 2 epochs long
-
-
 def test_both_stages_start_from_the_same_network(tiny, tmp_path, monkeypatch):
     first = []
     monkeypatch.setattr(common, "warm_up", lambda model, *args: first.append(
