@@ -141,6 +141,8 @@ def read_data(args, device):
     """Read the data set of --data, --root and --size -> the training Split, its images, on the GPU
     if they fit, and the test set: query, gallery and the images of both."""
     train, query, gallery = load(args.data, args.root, args.batch_size)
+    if args.true_ids and train.pids.min() < 0:
+        raise Problem(f"--true-ids: the ids of {args.data} are not known (leave it out)")
     images, *test_images = (read_images(split, *args.size) for split in (train, query, gallery))
     return train, place(images, device), (query, gallery, *test_images)
 
@@ -818,11 +820,11 @@ def find_and_read(name, root, draw):
             return folder, read_msmt_lists(folder)
     if name not in DATASETS and os.path.isdir(name):
         return name, [read_own(name), [], []]
-    known = "" if name in DATASETS else f"; a name can be a folder or one of {', '.join(DATASETS)}"
-    close = difflib.get_close_matches(name.lower(), DATASETS, 1) if known else []
+    close = difflib.get_close_matches(name.lower(), DATASETS, 1)
+    remedy = "put it there, or say --root" if name in DATASETS else "".join(
+        f"did you mean {x}? " for x in close) + f"name a folder or one of {', '.join(DATASETS)}"
     raise Problem(f"data set {name!r} not found: no folder with {', '.join(TRIPLES[0])} in "
-                  f"{', '.join(folders)} (" + "".join(f"did you mean {x}? or " for x in close)
-                  + f"put it there or say --root{known})")
+                  f"{', '.join(folders)} ({remedy})")
 
 
 def draw_toy(folder, domain):
@@ -862,24 +864,29 @@ def read_own(home):
     """The user's own images -> list of (path, person or None, camera). They lie in one folder, in
     one per camera (c1, cam2, camera-3) or in one per person; file names may give person
     (0002_c1...) and camera (..._c1...). Either counts only if it is known for all images."""
-    names, rows = list_folder(home), []
-    parts = [""] if any(name.lower().endswith(SUFFIXES) for name in names) else names
+    parts = {part: [name for name in list_folder(os.path.join(home, part))
+                    if name.lower().endswith(SUFFIXES)]
+             for part in ("", *list_folder(home)) if os.path.isdir(os.path.join(home, part))}
+    parts, rows = {part: names for part, names in parts.items() if names}, []  # with images
     cameras = [re.fullmatch(r"(?i)(?:c|cam|camera)[ _-]?(\d{1,9})", part) for part in parts]
-    for number, part in enumerate(parts, 1):
-        folder = os.path.join(home, part)
-        for name in list_folder(folder) if os.path.isdir(folder) else []:
-            if name.lower().endswith(SUFFIXES):
-                person = re.match(r"(?i)(-?\d{1,9})_c\d", name)
-                camera = re.search(r"(?i)(?:^|_)c(?:am)?(\d{1,9})(?!\d)", name)
-                person, camera = person and int(person[1]), camera and int(camera[1])
-                if all(cameras):
-                    camera = int(cameras[number - 1][1])
-                elif part:
-                    person = number
-                rows.append((os.path.join(folder, name), person, camera))
-    if not rows:
+    if not parts:
         raise Problem(f"{home} holds neither {', '.join(TRIPLES[0])} nor images (name the folder "
                       "of a data set or of images)")
+    if "" in parts and len(parts) > 1 or any(cameras) and not all(cameras):
+        odd = "" if "" in parts else next(x for x, camera in zip(parts, cameras) if not camera)
+        raise Problem(f"{home} holds images in {os.path.join(home, odd)} beside those in folders "
+                      "such as " + next(os.path.join(home, x) for x in parts if x != odd)
+                      + " (put all in one folder, in one per camera or in one per person)")
+    for number, (part, names) in enumerate(parts.items(), 1):
+        for name in names:
+            person = re.match(r"(?i)(-?\d{1,9})_c\d", name)
+            camera = re.search(r"(?i)(?:^|_)c(?:am)?(\d{1,9})(?!\d)", name)
+            person, camera = person and int(person[1]), camera and int(camera[1])
+            if all(cameras):
+                camera = int(cameras[number - 1][1])
+            elif part:
+                person = number
+            rows.append((os.path.join(home, part, name), person, camera))
     check_files([home, *{os.path.dirname(row[0]) for row in rows}], rows)
     known, seen = (all(row[i] is not None for row in rows) for i in (1, 2))
     say(f"{home}: " + ("person ids are known" if known else "no person ids, so nothing is scored")
@@ -936,7 +943,11 @@ def take_half(rows, half):
     of the training people (shuffled with seed 0) in the first half of the cameras; "target": the
     other people in the other cameras. Test images: all people in the cameras of the half."""
     cameras = sorted({camera for split in rows for _, _, camera in split})
-    people = np.random.default_rng(0).permutation(sorted({person for _, person, _ in rows[0]}))
+    people = {person for _, person, _ in rows[0]}
+    if min(len(people), len(cameras)) < 2:
+        raise Problem("NAME:source and NAME:target need two people, whose ids are known, and two "
+                      f"cameras: here are {len(people)} and {len(cameras)} (leave out :{half})")
+    people = np.random.default_rng(0).permutation(sorted(people))
     n, v = len(people) // 2, len(cameras) // 2
     people = set((people[:n] if half == "source" else people[n:]).tolist())
     cameras = set(cameras[:v] if half == "source" else cameras[v:])
@@ -980,10 +991,11 @@ def load_weights(net, arch, weights):
         url = torchvision.models.get_model_weights(arch.removesuffix("-layer3")).IMAGENET1K_V1.url
         try:
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # torch raises many kinds for a damaged file
             path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-            raise Problem(f"cannot download {url} ({error}): put the file at {path}, or say "
-                          "--weights FILE or --weights none") from error
+            raise Problem(f"cannot download {url} or read what was ({type(error).__name__}: "
+                          f"{error}): put a whole file at {path}, or say --weights FILE or "
+                          "--weights none") from error
     else:
         state = load_checkpoint(weights, ("conv1.weight",))
     unused = ("fc.", "layer4.") if arch.endswith("-layer3") else ("fc.",)
@@ -1065,7 +1077,7 @@ def add_run_flags(parser, warm_up=True):
     add("--root", default="data", help="where data sets are (%(default)s)")
     add("--out", help="folder of the run (runs/, named after the flags that are not defaults)")
     add("--resume", action="store_true", help="continue after the last finished epoch in OUT, "
-        "if there is one; --epochs may grow")
+        "if there is one; if you name --out, --epochs may grow")
     add("--on-collapse", choices=("stop", "skip"), default="stop", help="with too few clusters: "
         "stop, or keep the labels of the epoch before (%(default)s)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed (%(default)s)")
@@ -1110,18 +1122,21 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
     args.size, args.code = tuple(args.size), {
         name: hashlib.sha256(read_text(os.path.join(HERE, name)).encode()).hexdigest()[:12]
         for name in (f"{method}.py", "common.py")}
-    folders = [run_folder(method, args, defaults, but) for but in (not_in_first_stage, ())]
-    args.first_stage, out = (args.out or folder for folder, _ in folders)
-    for note in {note for _, note in folders if note and not args.out}:
-        say(note, sys.stderr)
-    args.out = out
+    first, out = (run_folder(method, args, defaults, but) for but in (not_in_first_stage, ()))
+    if not args.out:
+        going_on = args.resume and not has_finished(out)
+        folders = [unedited(folder, args.code, going_on) for folder in (first, out)]
+        for note in sorted({note for _, note in folders if note}):
+            say(note, sys.stderr)
+        first, out = (folder for folder, _ in folders)
+    args.first_stage, args.out = args.out or first, args.out or out
     args.centre = args.centre or args.weights == "none"
     return args
 
 
 def run_folder(method, args, defaults, ignored=()):
-    """-> runs/METHOD-DATA-sSEED with every flag that differs from its default and is not ignored,
-    and "". If that folder holds a run of other source code: another folder, and a note."""
+    """-> runs/METHOD-DATA-sSEED with every flag that differs from its default and is not ignored.
+    """
     name = f"{method}-{os.path.basename(os.path.normpath(args.data))}-s{args.seed}"
     ignored = NO_NUMBER.union(ignored, ("data", "seed", "stage"))
     for flag, value in vars(args).items():
@@ -1129,16 +1144,27 @@ def run_folder(method, args, defaults, ignored=()):
             value = "x".join(map(str, value)) if flag == "size" else value
             text = f"{value:g}" if isinstance(value, (int, float)) else f"-{value}"
             name += f"-{flag.replace('_', '-')}" + text * (value is not True)
-    folder = os.path.join("runs", re.sub(r"[^\w.-]+", "-", name)[:120])
+    return os.path.join("runs", re.sub(r"[^\w.-]+", "-", name)[:120])
+
+
+def has_finished(folder):
+    """Has the run in this folder, or the teacher below it, done all of its epochs?"""
+    paths = [os.path.join(folder, part, "log.jsonl") for part in ("", "teacher")]
+    text = next((read_text(path) for path in paths if os.path.exists(path)), "")
+    done, planned = re.findall(r'"epoch": (\d+)', text), re.search(r'"epochs": (\d+)', text)
+    return bool(done and planned) and done[-1] == planned[1]
+
+
+def unedited(folder, code, going_on):
+    """-> the folder and "" or, if it holds a run of other source code than `code`: another folder
+    and a note. A run that goes on stays where it is; Log warns."""
     logs = glob.glob(os.path.join(glob.escape(folder), "**", "log.jsonl"), recursive=True)
     found = [match[1] for match in (re.search(r'"code": (\{[^}]*\})', read_text(log)) for log in
                                     logs) if match]
-    edited = [file for file, mark in args.code.items() if any(mark not in code for code in found)]
-    if not edited:
+    edited = [file for file, mark in code.items() if any(mark not in other for other in found)]
+    other = f"{folder}-{''.join(mark[:3] for mark in code.values())}"
+    if not edited or going_on and not os.path.isdir(other):
         return folder, ""
-    other = f"{folder}-{''.join(mark[:3] for mark in args.code.values())}"
-    if args.resume and not os.path.isdir(other):
-        return folder, ""  # Log warns
     return other, f"{' and '.join(edited)} edited since the run in {folder}: this one is in {other}"
 
 
@@ -1238,7 +1264,7 @@ class Log:
 
     The log's first line holds versions, device, commit and every argument; last.pt holds all lines
     too, and the log is repaired from it. `finished`: the checkpoint of a run with nothing left to
-    do, or None. `epochs`: the flag with the number of epochs; `free`: flags that may differ. Raises
+    do, or None. `epochs`: the flag with the number of epochs; `free`: what may differ. Raises
     Problem for a folder that is in use, cannot be written, or holds a run with other flags or other
     source code or, without --resume, one that stopped early.
     """
@@ -1261,7 +1287,8 @@ class Log:
             from_rank_0(self._write)
             if state["epoch"] == self.total:
                 self.finished = state
-                say(f"{folder}: finished before, nothing to do{in_words(state['scores'])}")
+                say(f"{folder}: finished before on {state['images']:,} images, nothing to do"
+                    + in_words(state["scores"]))
 
     def _read(self, epochs, free):
         """-> the checkpoint in the folder, or None. Raises Problem if its source code differs from
@@ -1276,11 +1303,12 @@ class Log:
         other = [f"--{flag.replace('_', '-')} {state[flag]}, now {self.args[flag]}"
                  for flag in flags if state[flag] != self.args[flag]
                  and not (flag == epochs and state[flag] < self.args[flag])]
+        flag = "--sources" if "code" in free else "--out"  # the former are only read
         if other:
             raise Problem(f"{path} is of a run with other flags: {'; '.join(other)} (say the same, "
-                          "choose another --out, or delete that file alone)")
+                          f"choose another {flag}, or delete that file alone)")
         edited = [name for name, mark in self.args.get("code", {}).items()
-                  if mark != state["code"].get(name)]
+                  if mark != state["code"].get(name) and "code" not in free]
         if edited and not self.args["resume"]:
             raise Problem(f"{path} is of a run before {' and '.join(edited)} was edited (choose "
                           "another --out, or go on with the edited code: --resume)")
@@ -1401,9 +1429,9 @@ class Log:
         say(" | ".join(text) + in_words(scores) + f" | {seconds:6.0f} s{left}")
 
     def finish(self, scores, train, labels):
-        """End a run -> scores. Without person ids, write clusters.csv: file, cluster (-1: an
-        outlier) and camera of every training image. The folder is unlocked."""
-        if (train.pids < 0).all() and RANK == 0:
+        """End a run -> scores. Without scores, write clusters.csv: file, cluster (-1: an outlier)
+        and camera of every training image. The folder is unlocked."""
+        if not scores and RANK == 0:
             rows = zip(train.paths, labels.tolist(), train.cams.tolist())
             path = os.path.join(self.folder, "clusters.csv")
             with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:

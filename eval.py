@@ -151,6 +151,7 @@ def load_data(run, args):
     --root that the user typed (it may be mistyped) or that a checkpoint names.
     """
     run.data = args.data or run.state["data"]
+    run.trained_here = run.data == run.state["data"]
     if not args.data and run.data not in common.DATASETS:
         run.data = locate(run.data, run.home)
     root = args.root or locate(run.state["root"], run.home)
@@ -230,8 +231,8 @@ def about(run, scores):
 def draw_run(run, features, images):
     """-> the report page of a run. features, images: of query and gallery; [] without ids."""
     test, labels = (run.query, run.gallery), run.state.get("labels")
-    ours = "classifier" not in run.state and torch.is_tensor(labels)  # else: labels of --source
-    ours = ours and labels.shape == (len(run.train.paths),) and labels.max() >= 0
+    ours = run.trained_here and "classifier" not in run.state  # else: other images, or --source's
+    ours = ours and torch.is_tensor(labels) and labels.shape == (len(run.train.paths),) and labels.max() >= 0
     labels = labels.numpy() if ours else None
     known = bool((run.train.pids >= 0).any())
     for line in run.log:
@@ -292,7 +293,8 @@ def compare(runs):
     rows, lines = [], []
     for run in runs:
         name = " ".join(run.flags[name] for name in differ) if same_page and differ else run.folder
-        scores = [f"{100 * run.state['scores'].get(key, math.nan):.1f}" for key in ("mAP", "rank1")]
+        scores = [f"{100 * run.state['scores'][key]:.1f}" if key in run.state["scores"] else "-"
+                  for key in ("mAP", "rank1")]
         rows.append([html.escape(cell) for cell in (name, *scores, run.stand, run.folder)])
         lines.append((name, run.log, run.terms))
     return report.page("Runs compared", {

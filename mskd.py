@@ -204,9 +204,9 @@ def train_stage(args, stage, out, teacher_folder=None):
             common.warm_up(model, images, cams, generator, args.warm_up)
             log.epoch("warmed up", scores=common.test(model, test_set))
 
-    extra = 1 if teacher else 0  # the student's first round, before its first epoch
-    for turn in range(resumed["epoch"] + extra if resumed else 0, args.epochs + extra):
-        first_round, epoch = turn < extra, turn - extra
+    first = -1 if teacher else 0  # the student's first round comes before its epoch 0
+    for epoch in range(resumed.get("epoch", first), args.epochs):
+        first_round = epoch < 0
 
         # ---- 1 features of three views: global, upper half, lower half
         network = teacher if first_round else model
@@ -250,7 +250,7 @@ def train_stage(args, stage, out, teacher_folder=None):
             # 5f total loss, step
             loss = ((1 - args.l2) * (L_g + args.mu * D_g) + args.l2 * (L_u + args.mu * D_u)
                     + args.l2 * (L_d + args.mu * D_d))
-            turns = args.epochs + extra  # N1
+            turn, turns = epoch - first, args.epochs - first  # N1
             cosine = .5 + .5 * math.cos(math.pi * (turn + step / iters) / turns)
             factor = .1 ** (turn // args.lr_drop) if args.lr_drop else cosine
             optimizer.param_groups[0]["lr"] = args.lr * factor

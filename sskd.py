@@ -173,8 +173,9 @@ def train_source(args, i, device, images):
     folder = os.path.join(args.sources or os.path.join(args.first_stage, "source"), str(i))
     path = os.path.join(folder, "last.pt")
     if args.sources and not os.path.exists(path):
-        raise common.Problem(f"no source network in {folder} (lower --nets, or name an OUT/source)")
-    free = (*TARGET_FLAGS, "seed") if args.sources else TARGET_FLAGS
+        raise common.Problem(f"no source network in {folder} (" + "lower --nets, or " * (i > 1)
+                             + "name an OUT/source)")
+    free = (*TARGET_FLAGS, "seed", "code") if args.sources else TARGET_FLAGS
     log = common.Log(folder, device, args, "source_epochs", free)
     if log.finished:
         return path

@@ -166,6 +166,12 @@ def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
     monkeypatch.setenv("no_proxy", "")
     with pytest.raises(common.Problem, match=f"{tmp_path}.*resnet50-0676ba61.pth.*--weights FILE"):
         common.Encoder("resnet50", "imagenet")                     # the file is V1's
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    torch.save({"conv1.weight": 1}, tmp_path / "cut")
+    for content in (b"", b"half a file", (tmp_path / "cut").read_bytes()[:200]):
+        (tmp_path / "hub" / "checkpoints" / "resnet50-0676ba61.pth").write_bytes(content)
+        with pytest.raises(common.Problem, match=f"a whole file at {tmp_path}.*--weights FILE"):
+            common.Encoder("resnet50", "imagenet")
 
 
 @pytest.mark.parametrize("parts", [0, 2])

@@ -86,6 +86,25 @@ def test_resume_over_edited_code_warns_and_another_out_is_never_mixed(copy, tmp_
     assert done.returncode == 2 and "mine" in done.stderr and "--out" in done.stderr
 
 
+def test_resume_after_an_edit_goes_on_with_a_stopped_run_only(copy, tmp_path):
+    copy("ccsd.py", "--epochs", "2")
+    (base,) = folders(tmp_path)
+    edit(tmp_path / "ccsd.py", "args.base * L_base +", "2 * args.base * L_base +")
+    state = common.load_checkpoint(str(tmp_path / "runs" / base / "last.pt"))
+    stopped = tmp_path / "runs" / base.replace("epochs2", "epochs3")
+    shutil.copytree(tmp_path / "runs" / base, stopped)             # as if the third were missing
+    head, *lines = state["lines"]
+    state.update(epochs=3, lines=[head.replace('"epochs": 2', '"epochs": 3'), *lines])
+    common.save_checkpoint(str(stopped / "last.pt"), **state)
+    (stopped / "log.jsonl").write_text("".join(state["lines"]))
+    done = copy("ccsd.py", "--epochs", "3", "--resume")
+    assert folders(tmp_path) == sorted([base, stopped.name])
+    assert "edited since this run began" in done.stderr and "epoch 3/3" in done.stdout
+    done = copy("ccsd.py", "--epochs", "2", "--resume")            # its score would be the old one
+    (new,) = set(folders(tmp_path)) - {base, stopped.name}
+    assert new.startswith(base + "-") and new in done.stderr and "epoch 1/2" in done.stdout
+
+
 def test_a_teacher_serves_every_student_until_the_page_is_edited(copy, tmp_path):
     copy("mskd.py")
     (base,) = folders(tmp_path)
@@ -181,6 +200,7 @@ LAYOUTS = {  # a name for each of the 48 pictures -> are ids, are cameras known
     "no camera": ("IMG{i:02d}.jpg", False, False),
     "a folder a camera": ("cam{c}/{i:02d}.jpg", False, True),
     "a folder a person": ("somebody {p}/{i:02d}.jpg", True, False),
+    "a stray file beside": ("cam{c}/{i:02d}.jpg", False, True),
     "persons with cameras": ("person{p}/x_c{c}_{i:02d}.jpg", True, True),
     "training images alone": ("bounding_box_train/{p:04d}_c{c}_{i:02d}.jpg", True, True)}
 
@@ -189,7 +209,11 @@ LAYOUTS = {  # a name for each of the 48 pictures -> are ids, are cameras known
 def test_own_images(layout, tmp_path, capsys):
     name, people, cameras = LAYOUTS[layout]
     names = [name.format(i=i, p=PEOPLE[i], c=CAMERAS[i] + 1) for i in range(48)]
-    train, query, gallery = common.load(str(own(tmp_path / "own", names)))
+    own(tmp_path / "own", names)
+    if "stray" in layout:
+        (tmp_path / "own" / "readme.txt").write_text("two cameras")
+        os.makedirs(tmp_path / "own" / "an empty folder")
+    train, query, gallery = common.load(str(tmp_path / "own"))
     order = np.argsort(names)
     assert len(train.paths) == 48 and not query.paths and not gallery.paths
     wanted = PEOPLE[order] if people else np.full(48, -1)
@@ -214,7 +238,39 @@ def test_a_run_without_ids_ends_with_its_clusters(tmp_path, capsys):
     assert [int(row["cluster"]) for row in rows] == state["labels"].tolist()
     assert [int(row["camera"]) for row in rows] == CAMERAS.tolist()
     ccsd.main(short(folder, tmp_path / "out", "--batch-size", "4"))
-    assert "nothing to do" in capsys.readouterr().out
+    assert "finished before on 48 images, nothing to do" in capsys.readouterr().out
+
+
+def test_known_ids_without_a_test_set_end_with_clusters_too(tmp_path):
+    names = [f"{PEOPLE[i]:04d}_c{CAMERAS[i] + 1}_{i}.jpg" for i in range(48)]
+    folder = own(tmp_path / "own", names)
+    assert ccsd.main(short(folder, tmp_path / "out", "--batch-size", "4")) == {}
+    assert (tmp_path / "out" / "clusters.csv").read_text().count("\n") == 49
+
+
+@pytest.mark.parametrize("odd, names", [
+    ("", ["{i:02d}.jpg", "cam1/{i:02d}.jpg"]), ("more", ["cam{c}/{i:02d}.jpg", "more/{i:02d}.jpg"])])
+def test_images_beside_camera_folders_are_refused(odd, names, tmp_path):
+    folder = own(tmp_path / "own", [names[i % 2].format(i=i, c=CAMERAS[i] + 1) for i in range(48)])
+    with pytest.raises(common.Problem, match="in one folder, in one per camera") as problem:
+        common.load(str(folder))
+    assert f"images in {folder / odd}" in str(problem.value)
+
+
+def test_true_ids_that_are_not_known_are_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "warm_up", None)                   # it is not even reached
+    folder = own(tmp_path / "own", [f"shot_{i:02d}_c{CAMERAS[i] + 1}.jpg" for i in range(48)])
+    with pytest.raises(common.Problem, match="--true-ids: the ids of .*own are not known"):
+        ccsd.main(short(folder, tmp_path / "out", "--true-ids"))
+
+
+def test_halves_need_two_people_and_two_cameras(tmp_path):
+    folder = own(tmp_path / "own", [f"shot_{i:02d}_c{CAMERAS[i] + 1}.jpg" for i in range(48)])
+    with pytest.raises(common.Problem, match="here are 1 and 2 .leave out :target"):
+        common.load(f"{folder}:target")
+    folder = own(tmp_path / "two" / "own", [f"{PEOPLE[i]:04d}_c1_{i}.jpg" for i in range(48)])
+    with pytest.raises(common.Problem, match="here are 6 and 1 .leave out :source"):
+        common.load(f"{folder}:source")
 
 
 def test_a_mixed_folder_says_what_is_missing(tmp_path):
@@ -232,8 +288,11 @@ def test_splits_that_are_missing_linked_or_misspelt(tiny, tmp_path):
         shutil.rmtree(tmp_path / part / "d" / part)
         with pytest.raises(common.Problem, match=f"bounding_box_train.* but not {part}"):
             common.load(str(tmp_path / part / "d"))
-    with pytest.raises(common.Problem, match="did you mean market1501"):
+    with pytest.raises(common.Problem, match="did you mean market1501. name a folder") as problem:
         common.load("Market-1501", str(tmp_path))
+    assert "--root" not in str(problem.value)                      # which would change nothing
+    with pytest.raises(common.Problem, match="put it there, or say --root.$"):
+        common.load("market1501", str(tmp_path / "nowhere"))
     os.makedirs(tmp_path / "linked")
     for part in common.TRIPLES[0]:
         os.symlink(tiny / part, tmp_path / "linked" / part)

@@ -268,6 +268,15 @@ def test_without_ids_a_report_shows_the_rest(run, tiny, tmp_path, monkeypatch, c
     assert set(np.load(tmp_path / "f.npz")["split"]) == {"train"}
 
 
+def test_pseudo_labels_are_shown_on_the_images_they_are_of(run, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "other")                      # as many images
+    scoring.main([str(run), "--data", str(tmp_path / "other"), "--report", str(tmp_path / "r.html")])
+    text = read_page(tmp_path / "r.html").text
+    assert "no pseudo labels of these images" in text and "Pure: cluster" not in text
+    scoring.main([str(run), "--data", str(tiny), "--report", str(tmp_path / "r.html")])
+    assert "Pure: cluster" in read_page(tmp_path / "r.html").text  # the run's own, by its name
+
+
 def test_several_runs_in_one_plot(run, tiny, tmp_path):
     ccsd.main(short(tiny, tmp_path / "two", "--kd", "0", "--seed", "3", "--epochs", "3",
                     "--eval-every", "2"))
@@ -278,6 +287,10 @@ def test_several_runs_in_one_plot(run, tiny, tmp_path):
     assert "--kd 1 --seed 0: " in chart and "--kd 0 --seed 3: " in chart
     assert "--eps" not in page.text and "--out" not in page.text
     assert any(alt.startswith("Loss terms: base") for alt in page.alts)
+    state = common.load_checkpoint(str(tmp_path / "two" / "last.pt"))
+    common.save_checkpoint(str(tmp_path / "two" / "last.pt"), **{**state, "scores": {}})
+    scoring.main([str(run), str(tmp_path / "two"), "--report", str(tmp_path / "ab.html")])
+    assert "nan" not in read_page(tmp_path / "ab.html").text       # of a run without scores
 
 
 # ------------------------------------------------------------------------------- other questions

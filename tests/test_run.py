@@ -127,7 +127,7 @@ def test_taken_folder_and_foreign_checkpoints(finished, tiny, tmp_path, capsys):
     out, _ = finished
     before = {name: (out / name).read_bytes() for name in os.listdir(out)}
     done = program("ccsd.py", *short(tiny, out))
-    assert done.returncode == 0 and "finished before, nothing to do" in done.stdout
+    assert done.returncode == 0 and "finished before on 72 images" in done.stdout
     done = program("ccsd.py", *short(tiny, out, "--kd", "2"))
     assert done.returncode == 2 and "--kd 1, now 2" in done.stderr
     assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before

@@ -354,9 +354,10 @@ def test_pairs_that_are_refused(finished, tiny, other, tmp_path, capsys):
     refuse("--source", tiny, says=["--source and --data", "two data sets"])
     refuse("--source", "/nowhere", says=["/nowhere"])
     refuse("--id", "0", "--ms", "0", "--soft", "0", says=["--id 0 --soft 0 --ms 0"])
-    refuse("--sources", tmp_path / "nothing", says=["no source network", "OUT/source"])
+    refuse("--sources", tmp_path / "nothing", "--nets", "1", says=["no source network", "(name an"])
     refuse("--lr", "1e9", says=["training diverged"])
-    refuse("--sources", sources, "--arch", "resnet18", says=["--arch small, now resnet18"])
+    refuse("--sources", sources, "--arch", "resnet18",
+           says=["--arch small, now resnet18", "choose another --sources"])
     refuse("--sources", sources, "--source", "toy-source", says=["--source", "now toy-source"])
     refuse("--sources", sources, "--source-epochs", "1", says=["--source-epochs 2, now 1"])
     single = draw(tmp_path / "single", train=12, test=2, cameras=2, shots=2)
@@ -379,6 +380,17 @@ def test_pairs_that_are_refused(finished, tiny, other, tmp_path, capsys):
     refuse(*lower[:2], says=["no source network in", os.path.join("half", "2"), "lower --nets"])
     shutil.copytree(sources, tmp_path / "out" / "source", dirs_exist_ok=True)
     refuse("--seed", "1", says=["--seed 0, now 1"])                # the run's own are of its seed
+
+
+def test_sources_from_before_an_edit_serve_and_are_left_alone(finished, tiny, other, tmp_path):
+    shutil.copytree(finished[0] / "source", tmp_path / "source")
+    path = tmp_path / "source" / "1" / "last.pt"
+    state = common.load_checkpoint(str(path))
+    common.save_checkpoint(str(path), **{**state, "code": {"sskd.py": "0", "common.py": "0"}})
+    before = path.read_bytes()
+    sskd.main(pair(other, tiny, tmp_path / "out", "--sources", str(tmp_path / "source"), "--nets",
+                   "1", "--epochs", "1"))
+    assert losses(tmp_path / "out")[-1]["epoch"] == 1 and path.read_bytes() == before
 
 
 @pytest.mark.parametrize("off", ["id", "soft", "ms", "nuc"])
