@@ -1144,7 +1144,10 @@ def run_folder(method, args, defaults, ignored=()):
             value = "x".join(map(str, value)) if flag == "size" else value
             text = f"{value:g}" if isinstance(value, (int, float)) else f"-{value}"
             name += f"-{flag.replace('_', '-')}" + text * (value is not True)
-    return os.path.join("runs", re.sub(r"[^\w.-]+", "-", name)[:120])
+    name = re.sub(r"[^\w.-]+", "-", name)
+    if len(name) > 120:  # no file system takes all lengths; other flags must not share a folder
+        name = f"{name[:111]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return os.path.join("runs", name)
 
 
 def has_finished(folder):

@@ -44,8 +44,8 @@ Not stated in paper or code, our choices
 Run
   python mskd.py                                     toy set, 2 CPU cores: 212 s, 85 mAP
   python mskd.py --data market1501 --root data       one GPU of 24 GB, estimated: not measured
-  python mskd.py --stage teacher --epochs 41 --out runs/long    a teacher that the student does not
-  python mskd.py --stage student --teacher runs/long/teacher    outrun: distillation then helps most
+  python mskd.py --stage teacher --epochs 41 --out runs/long    a teacher of twice the length:
+  python mskd.py --stage student --teacher runs/long/teacher    distillation then helps to the end
 """
 
 import copy

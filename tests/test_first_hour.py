@@ -134,6 +134,12 @@ def test_a_folder_is_named_after_its_flags(page, words, name, tmp_path, monkeypa
     assert page.get_args([*words.split(), "--out", "a b"]).out == "a b"
 
 
+def test_long_names_of_folders_differ_to_the_last_flag():
+    words = ["--data", "market1501", *common.ON_A_CPU.split(), "--weights", "some/file.pth"]
+    outs = {ccsd.get_args(words[:n]).out for n in (len(words), len(words) - 2, len(words) - 3)}
+    assert len(outs) == 3 and all(len(os.path.basename(out)) <= 120 for out in outs)
+
+
 def test_sources_are_shared_by_runs_that_differ_on_the_target_only(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for words, name in (("--soft 0 --nets 1", "sskd-toy-s0"), ("--lr .1", "sskd-toy-s0-lr0.1"),
