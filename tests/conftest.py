@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine, threads wait for each other
+
 import numpy as np
 import pytest
 import torch
