@@ -191,8 +191,8 @@ def train_stage(args, stage, out, teacher_folder=None):
     P, K = args.batch_size // args.num_instances, args.num_instances  # clusters, images of each
     model = common.Encoder(args.arch, args.weights, parts=2, pooling="gem").on(device, args)
     if model.parts != 2:  # after an edit of the line above: fail here, not after the warm-up
-        raise common.Problem("mixed_distance, the losses of main and load_teacher are written for "
-                             "three views (edit them together)")
+        raise common.Problem("mixed_distance, the losses of train_stage and load_teacher are "
+                             "written for three views (edit them together)")
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
                                  fused=device.type == "cuda")
     state = dict(generator=generator, model=model, optimizer=optimizer)
