@@ -864,10 +864,13 @@ def read_own(home):
     """The user's own images -> list of (path, person or None, camera). They lie in one folder, in
     one per camera (c1, cam2, camera-3) or in one per person; file names may give person
     (0002_c1...) and camera (..._c1...). Either counts only if it is known for all images."""
-    parts = {part: [name for name in list_folder(os.path.join(home, part))
-                    if name.lower().endswith(SUFFIXES)]
-             for part in ("", *list_folder(home)) if os.path.isdir(os.path.join(home, part))}
-    parts, rows = {part: names for part, names in parts.items() if names}, []  # with images
+    parts, rows = {}, []  # folders with images: their names
+    for part in ("", *list_folder(home)):
+        folder = os.path.join(home, part)
+        names = list_folder(folder) if os.path.isdir(folder) else []
+        images = [name for name in names if name.lower().endswith(SUFFIXES)]
+        if images:
+            parts[part] = images
     cameras = [re.fullmatch(r"(?i)(?:c|cam|camera)[ _-]?(\d{1,9})", part) for part in parts]
     if not parts:
         raise Problem(f"{home} holds neither {', '.join(TRIPLES[0])} nor images (name the folder "
@@ -1135,8 +1138,7 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
 
 
 def run_folder(method, args, defaults, ignored=()):
-    """-> runs/METHOD-DATA-sSEED with every flag that differs from its default and is not ignored.
-    """
+    """-> runs/METHOD-DATA-sSEED and every flag that differs from its default and is not ignored."""
     name = f"{method}-{os.path.basename(os.path.normpath(args.data))}-s{args.seed}"
     ignored = NO_NUMBER.union(ignored, ("data", "seed", "stage"))
     for flag, value in vars(args).items():
@@ -1162,9 +1164,9 @@ def unedited(folder, code, going_on):
     """-> the folder and "" or, if it holds a run of other source code than `code`: another folder
     and a note. A run that goes on stays where it is; Log warns."""
     logs = glob.glob(os.path.join(glob.escape(folder), "**", "log.jsonl"), recursive=True)
-    found = [match[1] for match in (re.search(r'"code": (\{[^}]*\})', read_text(log)) for log in
-                                    logs) if match]
-    edited = [file for file, mark in code.items() if any(mark not in other for other in found)]
+    found = [re.search(r'"code": (\{[^}]*\})', read_text(log)) for log in logs]
+    edited = [file for file, mark in code.items()
+              if any(match and mark not in match[1] for match in found)]
     other = f"{folder}-{''.join(mark[:3] for mark in code.values())}"
     if not edited or going_on and not os.path.isdir(other):
         return folder, ""
@@ -1267,9 +1269,10 @@ class Log:
 
     The log's first line holds versions, device, commit and every argument; last.pt holds all lines
     too, and the log is repaired from it. `finished`: the checkpoint of a run with nothing left to
-    do, or None. `epochs`: the flag with the number of epochs; `free`: what may differ. Raises
-    Problem for a folder that is in use, cannot be written, or holds a run with other flags or other
-    source code or, without --resume, one that stopped early.
+    do, or None. `epochs`: the flag with the number of epochs; `free`: flags that may differ, and
+    "code", for a folder of --sources, which is only read. Raises Problem for a folder that is in
+    use, cannot be written, or holds a run with other flags or other source code or, without
+    --resume, one that stopped early.
     """
 
     def __init__(self, folder, device, args, epochs="epochs", free=()):
@@ -1306,8 +1309,8 @@ class Log:
         other = [f"--{flag.replace('_', '-')} {state[flag]}, now {self.args[flag]}"
                  for flag in flags if state[flag] != self.args[flag]
                  and not (flag == epochs and state[flag] < self.args[flag])]
-        flag = "--sources" if "code" in free else "--out"  # the former are only read
         if other:
+            flag = "--sources" if "code" in free else "--out"
             raise Problem(f"{path} is of a run with other flags: {'; '.join(other)} (say the same, "
                           f"choose another {flag}, or delete that file alone)")
         edited = [name for name, mark in self.args.get("code", {}).items()

@@ -232,7 +232,8 @@ def draw_run(run, features, images):
     """-> the report page of a run. features, images: of query and gallery; [] without ids."""
     test, labels = (run.query, run.gallery), run.state.get("labels")
     ours = run.trained_here and "classifier" not in run.state  # else: other images, or --source's
-    ours = ours and torch.is_tensor(labels) and labels.shape == (len(run.train.paths),) and labels.max() >= 0
+    ours = ours and torch.is_tensor(labels) and labels.shape == (len(run.train.paths),)
+    ours = ours and labels.max() >= 0
     labels = labels.numpy() if ours else None
     known = bool((run.train.pids >= 0).any())
     for line in run.log:

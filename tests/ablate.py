@@ -157,8 +157,8 @@ VERDICTS = [
             "ccsd", "+ split + distillation, no cross", "+ split"),
     Verdict("MSKD: a student that meets less label noise", "student against its teacher", "mskd",
             "student, labels and distillation", "teacher"),
-    Verdict("the same, at nearly equal steps", "student against a teacher trained as long as both stages",
-            "mskd", "student, labels and distillation", "teacher as long as both stages"),
+    Verdict("the same, at nearly equal steps", "student against a teacher trained as long as both "
+            "stages", "mskd", "student, labels and distillation", "teacher as long as both stages"),
     Verdict("MSKD: the teacher guides the student, which converges fast", "distillation on and off "
             "(`--mu 0`), after 5 of 20 epochs", "mskd", "student, labels and distillation",
             "student, labels alone", epoch=5),

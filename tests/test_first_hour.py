@@ -256,7 +256,8 @@ def test_known_ids_without_a_test_set_end_with_clusters_too(tmp_path):
 
 
 @pytest.mark.parametrize("odd, names", [
-    ("", ["{i:02d}.jpg", "cam1/{i:02d}.jpg"]), ("more", ["cam{c}/{i:02d}.jpg", "more/{i:02d}.jpg"])])
+    ("", ["{i:02d}.jpg", "cam1/{i:02d}.jpg"]),
+    ("more", ["cam{c}/{i:02d}.jpg", "more/{i:02d}.jpg"])])
 def test_images_beside_camera_folders_are_refused(odd, names, tmp_path):
     folder = own(tmp_path / "own", [names[i % 2].format(i=i, c=CAMERAS[i] + 1) for i in range(48)])
     with pytest.raises(common.Problem, match="in one folder, in one per camera") as problem:

@@ -271,11 +271,12 @@ def test_without_ids_a_report_shows_the_rest(run, tiny, tmp_path, monkeypatch, c
 
 def test_pseudo_labels_are_shown_on_the_images_they_are_of(run, tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "other")                      # as many images
-    scoring.main([str(run), "--data", str(tmp_path / "other"), "--report", str(tmp_path / "r.html")])
+    words = [str(run), "--report", str(tmp_path / "r.html"), "--data"]
+    scoring.main([*words, str(tmp_path / "other")])
     text = read_page(tmp_path / "r.html").text
     assert "no pseudo labels of these images" in text and "Pure: cluster" not in text
-    scoring.main([str(run), "--data", str(tiny), "--report", str(tmp_path / "r.html")])
-    assert "Pure: cluster" in read_page(tmp_path / "r.html").text  # the run's own, by its name
+    scoring.main([*words, str(tiny)])                              # the run's own, by its name
+    assert "Pure: cluster" in read_page(tmp_path / "r.html").text
 
 
 def test_several_runs_in_one_plot(run, tiny, tmp_path):
