@@ -161,9 +161,9 @@ def load_data(run, args):
 
 
 def prepare(model, state, device):
-    """-> the network on the device, with the precision of the run."""
-    return model.on(device, argparse.Namespace(bf16=state["bf16"], fp32=state["fp32"],
-                                               recompute=False))
+    """-> the network on the device, with the precision of the run, if the device has that."""
+    bf16 = state["bf16"] and not (device.type == "cpu" and common.cpu_has_bfloat16() is False)
+    return model.on(device, argparse.Namespace(bf16=bf16, fp32=state["fp32"], recompute=False))
 
 
 def initial_network(run):

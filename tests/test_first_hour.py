@@ -375,7 +375,8 @@ def test_bars_are_for_terminals(tiny, tmp_path):
 
 
 def test_a_closed_pipe_or_no_stderr_end_no_run(tiny, tmp_path):
-    words = " ".join(map(str, short(tiny, tmp_path / "b", "--epochs", "1", "--warm-up", "1")))
+    words = short(tiny, tmp_path / "b", "--epochs", "1", "--warm-up", "0", "--true-ids")
+    words = " ".join(map(str, words))
     code = subprocess.run(f"({sys.executable} {os.path.join(HERE, 'ccsd.py')} {words}; "
                           f"echo $? > {tmp_path}/code) 2>&- | true", shell=True)
     assert code.returncode == 0 and open(tmp_path / "code").read().strip() == "0"

@@ -112,9 +112,26 @@ def test_recompute_changes_no_number_and_bf16_trains(name, tiny, other, tmp_path
     a, b, c = (PAGES[name].main(words(name, tiny, other, tmp_path / out, *splits, *more)) for
                out, more in (("a", []), ("b", ["--recompute"]), ("c", ["--bf16"])))
     assert a == b and 0 < c["mAP"] <= 1
-    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    has = common.cpu_has_bfloat16() is not False
+    assert (losses(tmp_path / "a") != losses(tmp_path / "c")) is has
     mine, its = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(mine[key], its[key]) for key in mine)
+
+
+def test_bf16_is_left_out_on_a_cpu_without_it(tiny, tmp_path, monkeypatch, capsys):
+    """There it takes twelve times as long as float32; the README's command names it for all."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", str(tiny), "--device", "cpu"]
+    for has in (True, None, False):
+        monkeypatch.setattr(common, "cpu_has_bfloat16", lambda: has)
+        args, plain = ccsd.get_args([*flags, "--bf16"]), ccsd.get_args(flags)
+        assert args.bf16 is (has is not False)
+        assert (args.out == plain.out) is (has is False)           # the very run without --bf16
+        assert ("no bfloat16" in capsys.readouterr().err) is (has is False)
+        model = scoring.prepare(common.Encoder("small", "none"), dict(bf16=True, fp32=False),
+                                torch.device("cpu"))
+        assert model.bf16 is (has is not False)
 
 
 def test_resume_refuses_other_flags_and_grows(tiny, tmp_path, capsys):
