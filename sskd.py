@@ -84,7 +84,7 @@ def get_args(argv=None):
     add("--shared-view", action="store_true", help="the same view for all networks")
     add("--temp", type=number(float, 1e-3), help="tau; higher: softer labels (%(default)s / 1)")
     add("--rho", type=number(float, 1e-9, 1), help="share of all pairs, the closest ones, whose "
-        "mean distance is DBSCAN's radius (%(default)s / 1.6e-3)")
+        "mean distance is DBSCAN's radius; try images per person / all (%(default)s / 1.6e-3)")
     add("--eps", type=number(float, 0, 1), default=0, help="DBSCAN's radius; 0: from --rho (0)")
     add("--k1", type=number(int, 1), help="neighbours in the Jaccard distance, about as many "
         "as a person has images (%(default)s / 20)")

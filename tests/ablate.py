@@ -57,7 +57,7 @@ SMALL = ("--data market1501 --arch resnet18-layer3 --size 128 64 --epochs {0} --
          "--batch-size 64 --num-instances 4 --bn-splits 1 --bf16 --lr-drop 0 --eval-every {2}")
 CPU, HOUR = SMALL.format(20, 100, 20), SMALL.format(40, 200, 40)
 PAIR = ("--source {} --data {} --arch resnet18-layer3 --size 96 48 --source-epochs 10 "
-        "--epochs 10 --iters 200{} --bn-splits 1 --rho 4e-4 --lr-drop 0 --eval-every 10")
+        "--epochs 10 --iters 200{} --bn-splits 1{} --lr-drop 0 --eval-every 10")
 CCSD = {
     "baseline (ClusterContrast)": Row("--refine none"),
     "+ split": Row("--kd 0 --cross 0", "baseline (ClusterContrast)"),
@@ -89,6 +89,9 @@ TABLES = {
         "bound: baseline on the true ids": Row("--refine none --true-ids", seeds=THREE)}),
     "mskd-toy": Table("mskd.py", {
         **MSKD,
+        "teacher as long as the long one and its student": Row(
+            "--stage teacher --epochs 62", "the long teacher's student, labels and distillation",
+            THREE),
         "teacher, global only": Row("--stage teacher --l1 0 --l2 0", "teacher", THREE),
         "teacher with the batch's statistics": Row(
             "--stage student --teacher {teacher}/teacher --teacher-bn batch",
@@ -139,12 +142,14 @@ TABLES = {
         "one view for all networks": Row(f"{SOURCES} --shared-view", "default", range(1)),
         "one view without soft labels": Row(f"{SOURCES} --shared-view --soft 0",
                                             "one view for all networks", range(1))},
-                         PAIR.format("cuhk03", "market1501", " --bf16"), True),
+                         PAIR.format("cuhk03", "market1501", " --bf16", " --rho 4e-4"), True),
     "sskd-halves": Table("sskd.py", {
         "one network": Row("--nets 1", seeds=range(1)),
+        "one network, rho of the real pair": Row(
+            "--nets 1 --rho 4e-4 --sources {one network}/source", "one network", range(1)),
         "one network, cameras centred": Row("--nets 1 --centre --sources {one network}/source",
                                             "one network", range(1))},
-                         PAIR.format("market1501:source", "market1501:target", ""), True)}
+                         PAIR.format("market1501:source", "market1501:target", "", ""), True)}
 VERDICTS = [
     Verdict("CCSD: clusters split by camera", "split with L_intra (`--kd 0 --cross 0`) against "
             "ClusterContrast (`--refine none`)", "ccsd", "+ split", "baseline (ClusterContrast)"),
