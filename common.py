@@ -746,8 +746,8 @@ def cosines(features, matrix):
 
 @functools.cache
 def cpu_has_bfloat16():
-    """Has this CPU bfloat16 instructions? Linux says so, other systems do not: None. Without them
-    a step of ResNet-18 takes twelve times as long in bfloat16 as in float32 (measured)."""
+    """Has this CPU bfloat16 instructions? Linux says so, other systems do not: None. Without,
+    a step of ResNet-18 takes twelve times as long as in float32 (tests/RESULTS.md, Scale)."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", file.read()) is not None
