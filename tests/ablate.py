@@ -13,6 +13,7 @@ paired by seed; intervals are Student's t, at 95 %.
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from scipy import stats
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP, RESULTS = os.path.dirname(HERE), os.path.join(HERE, "results.jsonl")
+sys.path.insert(0, TOP)  # for the pages
 TEXTS = os.path.join(TOP, "README.md"), os.path.join(HERE, "RESULTS.md")  # with tables
 TEN, THREE = range(10), range(3)
 
@@ -126,6 +128,8 @@ TABLES = {
         }.items()}, CPU, True),
     "ccsd-hour": Table("ccsd.py", {
         "40 epochs, eps = .5": Row(f"{HOUR} --eps .5 --centre", seeds=THREE),
+        "40 epochs, eps = .5, in float32": Row(f"{HOUR.replace(' --bf16', '')} --eps .5 --centre",
+                                               seeds=(1,)),
         "30 epochs, eps = .6": Row(f"{SMALL.format(30, 200, 30)} --centre", seeds=range(1))},
                        real=True),
     "mskd-market": Table("mskd.py", {name: row._replace(seeds=THREE) for name, row in MSKD.items()},
@@ -202,6 +206,12 @@ def command(name, row, seed):
     return [table.page, *words, "--out", folder(name, row, seed)], f"{table.page} {flags}".split()
 
 
+def bf16_left_out(words):
+    """Would the page run in float32, although its command names --bf16?"""
+    page = importlib.import_module(words[0].removesuffix(".py"))
+    return "--bf16" in words and not page.get_args(words[1:]).bf16
+
+
 def read_results():
     """-> {key of a command, as a tuple: result of its run}."""
     if not os.path.exists(RESULTS):
@@ -267,6 +277,9 @@ def run_table(name, more):
                              for title, other in rows.items())
                 if not needed or harvest(name, row, seed):
                     return
+        if bf16_left_out(words):
+            print(f"{row}, seed {seed}: not run, because --bf16 would be left out on this CPU")
+            return
         out = os.path.join(TOP, folder(name, row, seed))
         os.makedirs(out, exist_ok=True)
         print(f"{row}, seed {seed}: python {shlex.join(words)}", flush=True)
@@ -391,9 +404,9 @@ def table_of(name):
     if every:
         minutes = np.array([x["seconds"] / 60 for x in every])
         span = " to ".join(f"{x:.1f}" for x in sorted({minutes.min(), minutes.max()}))
-        several = len(every) > 1
+        several, threads = len(every) > 1, sorted({x["threads"] for x in every})
         text.append(f"\n{len(every)} run{'s' * several}, {span} minutes{' each' * several}, "
-                    f"{'/'.join(sorted({str(x['threads']) for x in every}))} thread, torch "
+                    f"{' or '.join(map(str, threads))} thread{'s' * (threads != [1])}, torch "
                     f"{'/'.join(sorted({x['torch'] for x in every}))}, commit "
                     f"{', '.join(sorted({x['commit'] for x in every}))}.")
     return "\n".join(text)

@@ -105,6 +105,22 @@ def test_the_run_on_a_cpu_is_the_one_that_was_measured():
     assert line.endswith(f"| {100 * scores['mAP']:.1f} / {100 * scores['rank1']:.1f} |\n")
 
 
+def test_no_float32_run_stands_under_bf16(tmp_path, monkeypatch, capsys):
+    row = "baseline (ClusterContrast)"
+    rows = {row: ablate.TABLES["ccsd-market"].rows[row]._replace(seeds=range(1))}
+    table = ablate.TABLES["ccsd-market"]._replace(rows=rows)
+    monkeypatch.setitem(ablate.TABLES, "ccsd-market", table)
+    monkeypatch.setattr(ablate, "TOP", str(tmp_path))
+    monkeypatch.setattr(ablate, "RESULTS", str(tmp_path / "results.jsonl"))
+    (tmp_path / "ccsd.py").write_text("")
+    for has in (True, False):
+        monkeypatch.setattr(common, "cpu_has_bfloat16", lambda: has)
+        ablate.run_table("ccsd-market", [])
+        text = capsys.readouterr().out
+        assert ("exit code 0" in text) is has and ("--bf16 would be left out" in text) is not has
+    assert not ablate.bf16_left_out(["ccsd.py"]) and not ablate.read_results()
+
+
 def test_a_commit_is_clean_if_its_sources_are():
     describe = subprocess.run(["git", "-C", ablate.TOP, "describe", "--always"],
                               capture_output=True, text=True)
