@@ -113,6 +113,7 @@ def test_no_float32_run_stands_under_bf16(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablate, "TOP", str(tmp_path))
     monkeypatch.setattr(ablate, "RESULTS", str(tmp_path / "results.jsonl"))
     (tmp_path / "ccsd.py").write_text("")
+    monkeypatch.setattr(common.torch.cuda, "is_available", lambda: False)  # --device is auto
     for has in (True, False):
         monkeypatch.setattr(common, "cpu_has_bfloat16", lambda: has)
         ablate.run_table("ccsd-market", [])
