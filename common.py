@@ -1446,9 +1446,9 @@ class Log:
 
     def finish(self, scores, train, labels):
         """End a run -> scores. Without scores, write clusters.csv: file, cluster (-1: an outlier)
-        and camera of every training image. The folder is unlocked."""
+        and camera, from 1 as in reports, of every training image. The folder is unlocked."""
         if not scores and RANK == 0:
-            rows = zip(train.paths, labels.tolist(), train.cams.tolist())
+            rows = zip(train.paths, labels.tolist(), (train.cams + 1).tolist())
             path = os.path.join(self.folder, "clusters.csv")
             with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 csv.writer(file).writerows([("file", "cluster", "camera"), *rows])

@@ -243,7 +243,7 @@ def test_a_run_without_ids_ends_with_its_clusters(tmp_path, capsys):
     state = common.load_checkpoint(str(tmp_path / "out" / "last.pt"))
     assert [os.path.basename(row["file"]) for row in rows] == sorted(names)
     assert [int(row["cluster"]) for row in rows] == state["labels"].tolist()
-    assert [int(row["camera"]) for row in rows] == CAMERAS.tolist()
+    assert [int(row["camera"]) for row in rows] == (CAMERAS + 1).tolist()  # _c1.jpg: 1
     ccsd.main(short(folder, tmp_path / "out", "--batch-size", "4"))
     assert "finished before on 48 images, nothing to do" in capsys.readouterr().out
 
