@@ -52,8 +52,9 @@ def test_differences_are_paired_and_their_interval_is_student_s():
 def test_a_table_prints_what_the_file_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "RESULTS", str(tmp_path / "results.jsonl"))
     with open(ablate.RESULTS, "w") as file:
-        for row, gain in (("+ split", 0), ("+ split + cross", .1)):
-            for seed in range(2):
+        for row, gain, seeds in (("+ split", 0, (0, 1)), ("+ split + cross", .1, (0, 1)),
+                                 ("bound: baseline on the true ids", 0, (1,))):
+            for seed in seeds:
                 _, key = ablate.command("ccsd-toy", row, seed)
                 result = dict(command=" ".join(key), commit="abc", torch="2", threads=1, seconds=60,
                               scores=dict(mAP=.5 + .2 * seed + gain, rank1=.7),
@@ -69,7 +70,8 @@ def test_a_table_prints_what_the_file_holds(tmp_path, monkeypatch):
                    for name in ("+ split + cross", "+ split"))
     np.testing.assert_allclose(ablate.difference(mine, other, epoch=5)[0], [20, 20])
     assert not len(ablate.difference(mine, other, epoch=6)[0])
-    assert "not run" in next(line for line in lines if "bound" in line)
+    assert "| - / 70.0 |" in next(line for line in lines if "bound" in line)  # seed 0: not run
+    assert "not run" in next(line for line in lines if "recluster" in line)
     assert "not run" in ablate.printed("verdicts")
     for toy, market, words in (((1, 2), (.1, 3), "shown"), ((-3, -1), (-2, -1), "refuted"),
                                ((1, 2), (-1, 3), "shown on the toy set"),
