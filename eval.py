@@ -39,7 +39,7 @@ def rerank(query_features, gallery_features, k1=20, k2=6, lam=.3, block=256):
     by the largest of its row. Memory grows linearly with Q + G.
     """
     features = torch.cat([query_features, gallery_features])
-    common.check_finite(features)
+    common.check_features(features)
     smallest = features.new_ones(len(features))  # cosine of each image with the least similar one
     for start in range(0, len(features), block):  # a pair's cosine serves both of its images
         cosine = features[start:start + block] @ features[start:].T
@@ -247,7 +247,7 @@ def draw_run(run, features, images):
     if labels is not None:
         parts["Clusters"] = report.clusters(run.train, labels, known)
     if features:
-        pids, cams = (np.concatenate(both) for both in zip(run.query[1:], run.gallery[1:]))
+        pids, cams = (np.concatenate(both) for both in zip(run.query[1:3], run.gallery[1:3]))
         index = report.choose(np.where(pids > 0, pids, -1), cams)  # distractors have no id
         chosen = torch.cat(features)[index].cpu().numpy()
         parts["t-SNE"] = report.t_sne(chosen, pids[index], cams[index], "person")
@@ -364,7 +364,7 @@ def save_features(run, path):
         if split.paths:
             images = common.read_images(split, *run.state["size"])
             features = common.global_features(run.model, images).cpu().numpy()
-            kept.append((features, *split, [kind] * len(images)))
+            kept.append((features, *split[:3], [kind] * len(images)))
     names = ("features", "paths", "pids", "cams", "split")
     np.savez(file, **{name: np.concatenate(part) for name, part in zip(names, zip(*kept))})
     write(path, file.getvalue())

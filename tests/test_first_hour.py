@@ -255,6 +255,59 @@ def test_known_ids_without_a_test_set_end_with_clusters_too(tmp_path):
     assert (tmp_path / "out" / "clusters.csv").read_text().count("\n") == 49
 
 
+def pictures(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 16), (90, 20, 40)).save(folder / name, "PNG")
+    return str(folder)
+
+
+@pytest.mark.parametrize("names, pids, cameras", [
+    (["cam_a/001_0.bmp", "cam_b/001_90.bmp"], [-1, -1], ["cam_a", "cam_b"]),
+    (["camA/1.jpg", "camB/1.jpg"], [-1, -1], ["camA", "camB"]),
+    (["cam-left/1.jpg", "cam-right/1.jpg"], [-1, -1], ["cam-left", "cam-right"]),
+    (["back_camera/1.jpg", "camera_front/1.webp"], [-1, -1], ["back_camera", "camera_front"]),
+    (["cam3/0001_c3_1.jpg", "cam7/0002_c7_1.tif"], [1, 2], [3, 7]),
+    (["cam01/anna/1.jpg", "cam02/anna/1.jpg"], [1, 1], [1, 2]),
+    (["anna/cam1/1.jpg", "bob/cam2/1.jpg"], [1, 2], [1, 2]),
+    (["cameron/1_c2.jpg", "camille/2_c2.jpg"], [1, 2], [2])])
+def test_folders_of_cameras_and_people(names, pids, cameras, tmp_path, capsys):
+    train, *_ = common.load(pictures(tmp_path / "own", *names))
+    assert train.pids.tolist() == pids and train.camera_names == cameras
+    assert f"2 images, such as {names[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names, says", [
+    (["train/0001_c1_1.jpg", "test/0001_c2_1.jpg"], "test is called like a part.*--data .*test"),
+    (["gallery/1.png", "probe/1.png"], "called like a part"),
+    (["left/0001_c1_1.jpg", "right/0001_c2_1.jpg"], "the folders are no persons"),
+    (["left/x_c1_1.jpg", "right/x_c2_1.jpg"], "images of one camera"),
+    (["cam1/x_c2.jpg", "cam2/x_c1.jpg"], "camera 1 by the folder, 2 by the file name"),
+    (["cam1/1.jpg", "cam1/anna/1.jpg"], "beside those in"),
+    (["a/b/c/1.jpg"], "3 folders deep, the first in .*c "),
+    (["day1/anna/1.jpg", "day2/bob/1.jpg"], "which level"),
+    (["Market/bounding_box_train/0001_c1_1.jpg"], "Market looks like it"),
+    (["bounding_box_train/bounding_box_train/0001_c1_1.jpg"], "holds 1 folders.*with 1 images")])
+def test_trees_that_would_give_wrong_labels_are_refused(names, says, tmp_path):
+    with pytest.raises(common.Problem, match=says):
+        common.load(pictures(tmp_path / "own", *names))
+
+
+def test_files_that_are_left_out_are_named(tmp_path, capsys):
+    folder = pictures(tmp_path / "own", "cam1/1.png", "cam2/1.png")
+    for name in ("a.heic", "b.heic", "notes.txt"):
+        (tmp_path / "own" / "cam2" / name).write_bytes(b"x")
+    common.load(folder)
+    said = capsys.readouterr().err
+    assert "left out: 3 files (.heic, .txt; the first: cam2/a.heic)" in said
+    with pytest.raises(common.Problem, match="is a file .unpack it"):
+        common.load(os.path.join(folder, "cam2", "a.heic"))
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "1.heic").write_bytes(b"x")
+    with pytest.raises(common.Problem, match="1 files .*1.heic.*convert them"):
+        common.load(str(tmp_path / "phone"))
+
+
 @pytest.mark.parametrize("odd, names", [
     ("", ["{i:02d}.jpg", "cam1/{i:02d}.jpg"]),
     ("more", ["cam{c}/{i:02d}.jpg", "more/{i:02d}.jpg"])])
