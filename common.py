@@ -392,11 +392,9 @@ def jaccard_distance(features, k1=30, k2=6, max_distance=1.):
     and other zeros are stored. k1 counts the image itself (30 columns), as in ClusterContrast.
     Raises Problem for features that are not finite.
     """
-    check_finite(features)
-    rank = nearest(features, k1)
-    vectors = reciprocal_vectors(features, rank, k1, k2, lambda cosine, _: np.exp(2 * cosine - 2))
-    rows = []
-    for shared in progress(overlaps(vectors, vectors), "Jaccard distance", len(rank) // 256 + 1):
+    vectors, rows = neighbour_vectors(features, k1, k2), []
+    blocks = len(features) // 256 + 1
+    for shared in progress(overlaps(vectors, vectors), "Jaccard distance", blocks):
         shared.data = (1 - shared.data / (2 - shared.data)).clip(0)               # J(i, j)
         keep = shared.data <= max_distance + 1e-4  # dbscan() widens eps a little
         ends = np.concatenate([[0], keep.cumsum()])[shared.indptr]
@@ -404,6 +402,14 @@ def jaccard_distance(features, k1=30, k2=6, max_distance=1.):
     distance = vstack(rows, format="csr")
     distance.sort_indices()
     return distance
+
+
+def neighbour_vectors(features, k1, k2=6):
+    """-> sparse (N, N): each image's neighbours and how much each counts; rows sum to 1. The
+    Jaccard distance compares two rows."""
+    check_finite(features)
+    rank = nearest(features, k1)
+    return reciprocal_vectors(features, rank, k1, k2, lambda cosine, _: np.exp(2 * cosine - 2))
 
 
 def reciprocal_vectors(features, rank, k1, k2, weigh):
