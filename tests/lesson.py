@@ -513,7 +513,7 @@ def picture_of(batch, columns):
     mean, std = (torch.tensor(x)[:, None, None] for x in (common.MEAN, common.STD))
     pixels = ((batch.cpu() * std + mean) * 255).clamp(0, 255).byte()
     whole = Image.fromarray(torch.cat(list(pixels), 2).permute(1, 2, 0).numpy())
-    width = 50 * columns
+    width = 42 * columns  # two clusters of four beside each other on a phone
     return whole.resize((width, round(width * whole.height / whole.width))) \
         if whole.width > width else whole
 
@@ -691,20 +691,19 @@ def teach(e, e0, others, before):
                                  "the report of the student, in the folder above.")
         t = common.extract_features(others[0], e.images)
 
-        def shown(state):
+        def shown(state, who):
             def look(i, _):
                 p, q, D = mskd_look(e, state.every, t, i)
-                sides = []
-                for v, (view, part) in enumerate(zip(VIEWS, PARTS)):
-                    for who, values in (("Teacher", p[v]), ("Student", q[v])):
-                        if who == "Teacher" and state is not e:  # it is the same in both
-                            continue
-                        sides.append((f"{who}, {view}" + f": D = {D[v]:.3f}" * (who == "Student"), [
-                            (j, camera(e, j), kind(e, i, j), p[v][j], q[v][j], "")
-                            for j in top(values, 5 if v == 0 else 3)], part))
+                near = p if who == "t" else q
+                sides = [(view.capitalize() + (f": D = {D[v]:.3f}" if who == "f" else ""),
+                          [(j, camera(e, j), kind(e, i, j), p[v][j], q[v][j], "")
+                           for j in top(near[v], 5 if v == 0 else 3)], part)
+                         for v, (view, part) in enumerate(zip(VIEWS, PARTS))]
                 return draw_sides(e, sides, "tf", 2)
             return look
-        looks = [(when, shown(state)) for when, state in both]
+        looks = [("The teacher, t", shown(e, "t"))]
+        looks += [("The student before it trained, f", shown(e0, "f"))] if e0 else []
+        looks.append(("The student now, f", shown(e, "f")))
         c = judge(e, mskd_choices(e, e.every, t))
         c0 = e0 and judge(e, mskd_choices(e, e0.every, t))
     else:

@@ -42,7 +42,8 @@ svg {display: block; max-width: 540px; fill: var(--ink); font: 12px system-ui, s
 .wide {overflow-x: auto} th, td {padding: 3px 9px; text-align: center; white-space: nowrap}
 .strip, .batch {display: flex; flex-wrap: wrap; gap: 6px} h4, h5 {margin: .8em 0 .2em;
 font-size: 1em}
-.lesson {margin-left: 0} .lesson .strip > div {width: 66px; font-size: 11px} .lesson .strip img {width: 66px; height: 118px;
+.lesson .grid {grid-template-columns: repeat(auto-fit, minmax(min(100%, 334px), 1fr)); gap: 8px 16px}
+.lesson .strip > div {width: 62px; font-size: 11px} .lesson .strip img {width: 62px; height: 116px;
 border-width: 3px} .half .strip img, .lesson .half .strip img {height: 64px}
 .batch {gap: 10px 18px} .batch div {max-width: 100%; font: 13px/1.25 system-ui, sans-serif}
 .batch img {display: block; width: auto; max-width: 100%; height: auto; border: 0}
@@ -239,13 +240,20 @@ CHARTS = (  # title, keys of a line of the log, what one sees, what to look for
     ("Label quality", ("ARI", "unrefined_ARI", "NMI", "purity"), "How well pseudo labels agree "
      "with the true ids, on which nothing trains; 1 is perfect.",
      "high purity beside a low ARI: clusters are clean, but people are in several."),
-    ("Loss terms", (), "The mean of each loss term over an epoch.",
-     "terms that fall together, and a jump where one is switched on."),
+    ("Loss terms", (), "The mean of each loss term over an epoch; a vertical line marks the epoch in "
+     "which a term starts.", "terms that fall together, and what the others do where one starts."),
     ("Soft labels: clusters meant", ("soft_clusters",), "Over how many clusters a soft label "
      "spreads (the exponential of its entropy).",
      "a number well between 1, a hard label, and all clusters, no information."),
     ("Soft labels: own cluster", ("soft_own",), "The share of a soft label that its image's own "
      "cluster has.", "a share near 1: soft labels then say no more than hard ones."))
+
+
+def starts(lines):
+    """-> [(names, epoch)] of the lines (name: ..., x, y) that begin after the first ones."""
+    first = sorted({x[0] for _, x, _ in lines})
+    return [(", ".join(name.split(":")[0] for name, x, _ in lines if x[0] == epoch) + " from here on",
+             epoch) for epoch in first[1:]]
 
 
 def curves(runs):
@@ -267,7 +275,7 @@ def curves(runs):
                         lines.append((f"{name}: none", (), ()))
             label = title if alone else f"{title}: {some[0]}"
             if any(x for _, x, _ in lines):
-                chart = line_chart(label, lines, "epoch")
+                chart = line_chart(label, lines, "epoch", uprights=starts(lines) if alone else ())
                 figures.append(figure(html.escape(label), chart, see, look))
     return grid(figures)
 
