@@ -70,7 +70,7 @@ def groups_of(e):
     return groups, [torch.from_numpy(x).to(e.features.device) for x in rest]
 
 
-# =============================================================================== teacher and student
+# ============================================================================== teacher and student
 # A choice is the first candidate of a teacher or a student for an image, seen from the camera
 # `other` in CCSD. look() returns all that is drawn of one image.
 
@@ -105,11 +105,19 @@ def ccsd_look(e, features, i, w):
             float(ccsd.distillation_loss(*sides)))
 
 
+def no_candidates(e, index):
+    """-> (b, N) bool: the images in the camera of images `index`, or if there is no other camera,
+    only the images themselves."""
+    cams = e.train.cams
+    which = cams if len(np.unique(cams)) > 1 else np.arange(len(cams))
+    return which[index][:, None] == which
+
+
 def mskd_choices(e, f, t):
     """f, t (3, N, D): features of student and teacher of all images."""
-    found, cams = [], torch.from_numpy(e.train.cams).to(f.device)
+    found = []
     for index in np.array_split(inside(e), len(inside(e)) // 256 + 1):
-        same = cams[index][:, None] == cams
+        same = torch.from_numpy(no_candidates(e, index)).to(f.device)
         found.append((index, np.zeros_like(index), *(
             (x[0][index] @ x[0].T).masked_fill(same, -1) for x in (t, f))))
     return choices(found)
@@ -118,7 +126,7 @@ def mskd_choices(e, f, t):
 def mskd_look(e, f, t, i):
     """-> for each view, the similarities of all images to image i in t and in f, -1 in its own
     camera, (3, N) each; and the losses D_v of image i (3,)."""
-    same = torch.from_numpy(e.train.cams == e.train.cams[i]).to(f.device)
+    same = torch.from_numpy(no_candidates(e, [i])[0]).to(f.device)
     near = [torch.einsum("vnd,vd->vn", x, x[:, i]).masked_fill(same, -1).cpu().numpy()
             for x in (t, f)]
     return (*near, mskd.distillation_losses(f[:, i:i + 1], t[:, i:i + 1]).tolist())
@@ -190,7 +198,8 @@ def cases(e, c, most=6):
                  ("They differ: the teacher is right", ~c.same & c.t & ~c.s & c.label, most),
                  ("They agree", c.same, most), ("They differ", ~c.same, most))
     else:
-        kinds = (("They agree", c.same, 2), ("They differ", ~c.same, 4), ("They agree", c.same, most))
+        kinds = (("They agree", c.same, 2), ("They differ", ~c.same, 4),
+                 ("They agree", c.same, most))
     rows, used, taken = [], set(), set()
     absent = [title for title, which, wanted in kinds if not which.any() and wanted < most]
     for title, which, wanted in kinds:
@@ -277,7 +286,7 @@ def draw_features(e, before):
         (e.train.paths[i], camera(e, i)) for i in row]) for k, row in zip(people, rows))
     shown = np.concatenate(rows)
     order = shown[np.lexsort((who[shown], cams[shown]))]
-    charts, same = [], []
+    charts, means = [], []
     for title, features in (("before training", before), ("now", e.features)):
         if features is None:
             continue
@@ -289,16 +298,16 @@ def draw_features(e, before):
             charts.append(f"<div><h4>{label}</h4>" + report.matrix(
                 label, values, [(group[index] == g).sum() for g in groups], names) + "</div>")
         one, here = (x[order][:, None] == x[order] for x in (who, cams))
-        same.append((title, values[one & ~here].mean(), values[~one & here].mean()))
-    says = "; ".join(f"{title}: {a:.2f} within a {what} across cameras, {b:.2f} between {many} in one "
-                     "camera"
-                     for title, a, b in same)
+        for words, part in ((f"one {what}, two cameras", one & ~here),
+                            (f"two {many}, one camera", ~one & here)):
+            if part.any():
+                means.append(f"{title}, {words} {values[part].mean():.2f}")
     return report.figure(
         f"1 Features: three {many} under all their cameras", body + report.grid(charts),
         "Each row and column is an image, and a dark square means that two images have similar "
-        f"features (mean similarity {says}).",
-        "dark blocks along the diagonal: where images are sorted by camera they are the camera gap, "
-        f"where they are sorted by {what} they are what training is for.")
+        f"features (mean similarity: {'; '.join(means)}).",
+        "dark blocks along the diagonal: sorted by camera, they are the camera gap; sorted by "
+        f"{what}, they are what training is for.")
 
 
 def find_examples(e, rank):
@@ -352,7 +361,9 @@ def draw_neighbours(e):
     wide = common.reciprocal_vectors(e.centred, rank, k1, 1, lambda cosine, _: np.ones_like(cosine))
     vectors = common.neighbour_vectors(e.centred, k1)
     distance = common.jaccard_distance(e.centred, k1) if e.page is mskd else e.distance
-    body = ""
+    body = (f"<p>Two images are <b>mutual</b> neighbours if each is among the {rank.shape[1] - 1} "
+            "most similar to the other; at Jaccard distance 0 they share all neighbours, at 1 "
+            "none.</p>")
     for title, i in find_examples(e, rank):
         order, mutual, added = neighbourhood(rank, wide, i)
         shots = [(e.train.paths[i], camera(e, i), "this")]
@@ -380,15 +391,16 @@ def draw_neighbours(e):
                  f"{entry(distance, i, j):.3f}"
                  + f", with the halves {entry(e.distance, i, j):.3f}" * (e.page is mskd)
                  + f": they share {len(both)} neighbours, which have {100 * weight.sum():.0f} % of "
-                 f"their weight in common. {linked} images lie within eps.</p>"
+                 f"their weight in common. Within eps: {linked} of all images.</p>"
                  + report.strip([(e.train.paths[i], f"image, {camera(e, i)}", "this"),
                                  (e.train.paths[j], f"other, {camera(e, j)}", kind(e, i, j))]
                                 + [(e.train.paths[k], f"shared, {camera(e, k)}", "",
-                                    f"<div>{100 * w:.1f} %</div>") for k, w in zip(both[:8], weight)]))
+                                    f"<div>{100 * w:.1f} %</div>")
+                                   for k, w in zip(both[:8], weight)]))
     return report.figure(
         "2 Neighbours, and how far apart two images are", body,
-        "Neighbours count if they are mutual, or if many mutual neighbours have them; two images are "
-        "close if they share neighbours, weighed by similarity" + (
+        "Neighbours count if they are mutual, or if many mutual neighbours have them; two images "
+        "are close if they share neighbours, weighed by similarity" + (
             "; solid frame and tick: the same person, dashed frame and cross: another one."
             if e.known else "."),
         "one-way neighbours: they are often other people, and leaving them out is what the "
@@ -416,12 +428,12 @@ def draw_distances(e):
     stored = 100 * pairs.sum() / (n * (n - 1) / 2)
     return report.figure(
         "2 Distances, and eps", report.line_chart(
-            "Stored Jaccard distances", lines, "Jaccard distance", "% of the stored pairs of a kind",
-            marks=False, uprights=[(f"eps {e.eps:.3g}", e.eps)]),
+            "Stored Jaccard distances", lines, "Jaccard distance",
+            "% of the stored pairs of a kind", marks=False, uprights=[(f"eps {e.eps:.3g}", e.eps)]),
         f"{stored:.1f} % of all pairs share a neighbour and are stored; the others are at distance "
         f"1. Within eps: {', '.join(below)}.",
-        "a valley: left of eps DBSCAN links two images, so a good eps leaves few pairs of different "
-        "people there and most of one person.")
+        "a valley: left of eps DBSCAN links two images, so a good eps leaves few pairs of "
+        "different people there and most of one person.")
 
 
 def by_camera(e, images, words, person):
@@ -431,7 +443,7 @@ def by_camera(e, images, words, person):
         row = images[e.train.cams[images] == v]
         shots = [(e.train.paths[i], words(i), ("right" if e.train.pids[i] == person else "wrong")
                   if e.known else "") for i in report.spread(row, 7)]
-        body += f"<h4>Camera {v + 1}: {len(row)} images</h4>{report.strip(shots)}"
+        body += f"<h4>Camera {v + 1} (images: {len(row)})</h4>{report.strip(shots)}"
     return body
 
 
@@ -466,8 +478,8 @@ def draw_cluster(e):
         groups = np.flatnonzero(e.labels == new)
         body += (f"<p>After <code>--refine {e.args.refine}</code>: a group for each camera.</p>"
                  + by_camera(e, groups, words, person))
-        see += ("; CCSD splits it by camera, and each row, the paper's refined cluster, gets a mean "
-                "of its own, the memory with which images are compared")
+        see += ("; CCSD splits it by camera, and each row, the paper's refined cluster, gets a "
+                "mean of its own, the memory with which images are compared")
         look = "how alike a row is, and how different two rows are: people are easier told apart " \
                "within a row"
     else:
@@ -552,8 +564,8 @@ def tally(e, c, before):
     if e.known:
         text += (f"; right are the label in {share(c.label)}, the teacher in {share(c.t)}, the "
                  f"student in {share(c.s)}; where they differ, the teacher in {share(c.t[~c.same])}"
-                 f" and the student in {share(c.s[~c.same])}; where the label is wrong, the teacher "
-                 f"in {share(c.t[~c.label])}")
+                 f" and the student in {share(c.s[~c.same])}; where the label is wrong, the "
+                 f"teacher in {share(c.t[~c.label])}")
         if before:
             text += (f"; before training the teacher was right in {share(before.t)}, the student "
                      f"in {share(before.s)}")
@@ -598,7 +610,8 @@ def top(values, n=5):
 def draw_lesson(e, c, looks, before):
     """Step 5, the heart: looks: [(when, function (i, w) -> HTML of an image)]."""
     found, absent = cases(e, c)
-    body = "".join(f"<p>In this run there is no image of the kind &ldquo;{title}&rdquo;.</p>"
+    body = "" if found else "<p>No cluster is seen by two cameras: none can teach another.</p>"
+    body += "".join(f"<p>In this run there is no image of the kind &ldquo;{title}&rdquo;.</p>"
                    for title in absent)
     for title, row in found:
         i, w = c.image[row], c.other[row]
@@ -617,18 +630,18 @@ def draw_lesson(e, c, looks, before):
 STEPS = {ccsd: "5e", mskd: "5c", sskd: "5c"}
 LESSONS = {
     ccsd: ("Teacher p: how much the image resembles the clusters as its own camera sees them; "
-           "student q: the same clusters as another camera sees them; L_kd, the KL of the two, pulls "
-           "q towards p.",
-           "a student whose candidates only share a camera's light or background with each other, "
-           "beside a teacher who, within one camera, compares clothes; and a teacher who repeats a "
-           "wrong label, because the image is part of its own group's mean."),
-    mskd: ("The nearest images of other cameras, by the teacher's features (t) and by the "
-           "student's (f), with their similarities in both; D, the squared distance of f_v and t_v, "
-           "pulls the student's features to the teacher's.",
-           "a student that starts far from its teacher, comes near, and then finds people that the "
-           "teacher missed."),
-    sskd: ("Soft label p: the clusters that the peer's slow copy predicts; q: the prediction of the "
-           "network itself, which L_soft pulls towards p, while L_id pulls it towards the hard "
+           "student q: the same clusters as another camera sees them; L_kd, the KL of the two, "
+           "pulls q towards p.",
+           "a student whose candidates share a camera's light or background, beside a teacher who, "
+           "within one camera, compares clothes; and a teacher who repeats a wrong label, because "
+           "the image is part of its own group's mean."),
+    mskd: ("The nearest images of other cameras, by the teacher's features t and by the student's "
+           "f, with their similarities in both; D, the squared distance of f_v and t_v, pulls the "
+           "student's features to the teacher's.",
+           "a student that starts far from its teacher, comes near, and then finds people that "
+           "the teacher missed."),
+    sskd: ("Soft label p: the clusters that the peer's slow copy predicts; q: the prediction of "
+           "the network itself, which L_soft pulls towards p, while L_id pulls it towards the hard "
            "label alone.",
            "soft labels that name several clusters of similar people, and those that contradict a "
            "wrong hard label.")}
@@ -686,8 +699,8 @@ def teach(e, e0, others, before):
         c0 = e0 and judge(e, ccsd_choices(e, e0.features))
     elif e.page is mskd:
         if not others:
-            return report.figure(f"{STEPS[mskd]} The lesson", "<p>This network learned from labels alone: it is "
-                                 "a teacher, or its teacher is missing.</p>", "Nothing to see.",
+            return report.figure(f"{STEPS[mskd]} The lesson", "<p>This network is a teacher: it "
+                                 "learned from labels alone.</p>", "There is no lesson here.",
                                  "the report of the student, in the folder above.")
         t = common.extract_features(others[0], e.images)
 

@@ -42,7 +42,8 @@ svg {display: block; max-width: 540px; fill: var(--ink); font: 12px system-ui, s
 .wide {overflow-x: auto} th, td {padding: 3px 9px; text-align: center; white-space: nowrap}
 .strip, .batch {display: flex; flex-wrap: wrap; gap: 6px} h4, h5 {margin: .8em 0 .2em;
 font-size: 1em}
-.lesson .grid {grid-template-columns: repeat(auto-fit, minmax(min(100%, 334px), 1fr)); gap: 8px 16px}
+.lesson .grid {gap: 8px 16px;
+grid-template-columns: repeat(auto-fit, minmax(min(100%, 334px), 1fr))}
 .lesson .strip > div {width: 62px; font-size: 11px} .lesson .strip img {width: 62px; height: 116px;
 border-width: 3px} .half .strip img, .lesson .half .strip img {height: 64px}
 .batch {gap: 10px 18px} .batch div {max-width: 100%; font: 13px/1.25 system-ui, sans-serif}
@@ -189,7 +190,8 @@ def matrix(label, values, sizes, names):
     scale, ends = 330 / n, np.cumsum(sizes)
     parts = [f'<text x="{20 + (end - size / 2) * scale:.1f}" y="14" text-anchor="middle">{name}'
              "</text>" for end, size, name in zip(ends, sizes, names)]
-    parts.append(f'<g transform="translate(20 20) scale({scale:.3f})" shape-rendering="crispEdges">')
+    parts.append('<g shape-rendering="crispEdges" transform="translate(20 20) '
+                 f'scale({scale:.3f})">')
     for k in range(1, 9):
         path = ""
         for y, row in enumerate(level == k):
@@ -240,8 +242,8 @@ CHARTS = (  # title, keys of a line of the log, what one sees, what to look for
     ("Label quality", ("ARI", "unrefined_ARI", "NMI", "purity"), "How well pseudo labels agree "
      "with the true ids, on which nothing trains; 1 is perfect.",
      "high purity beside a low ARI: clusters are clean, but people are in several."),
-    ("Loss terms", (), "The mean of each loss term over an epoch; a vertical line marks the epoch in "
-     "which a term starts.", "terms that fall together, and what the others do where one starts."),
+    ("Loss terms", (), "The mean of each loss term over an epoch; a vertical line marks the epoch "
+     "in which a term starts.", "terms that fall together, and what others do where one starts."),
     ("Soft labels: clusters meant", ("soft_clusters",), "Over how many clusters a soft label "
      "spreads (the exponential of its entropy).",
      "a number well between 1, a hard label, and all clusters, no information."),
@@ -250,10 +252,10 @@ CHARTS = (  # title, keys of a line of the log, what one sees, what to look for
 
 
 def starts(lines):
-    """-> [(names, epoch)] of the lines (name: ..., x, y) that begin after the first ones."""
-    first = sorted({x[0] for _, x, _ in lines})
-    return [(", ".join(name.split(":")[0] for name, x, _ in lines if x[0] == epoch) + " from here on",
-             epoch) for epoch in first[1:]]
+    """-> [(names, epoch)] of those lines (name: ..., x, y) that begin later than others."""
+    begin = {name.split(":")[0]: x[0] for name, x, _ in lines}
+    return [(", ".join(name for name in begin if begin[name] == epoch) + " from here on", epoch)
+            for epoch in sorted(set(begin.values()))[1:]]
 
 
 def curves(runs):

@@ -1,7 +1,7 @@
 """The report's first chapter: what it draws is what the page's losses get for the same images."""
 
-import argparse
 import copy
+import shutil
 
 import lesson
 import numpy as np
@@ -26,8 +26,8 @@ class Stop(Exception):
 def flags(page, tiny, folder):
     more = ["--epochs", "4", "--eval-every", "9", "--batch-size", "8"]
     if page is sskd:
-        more = ["--epochs", "2", "--source", str(folder / "source"), "--nets", "2", "--source-epochs",
-                "1", "--source-iters", "2", "--batch-size", "4"]
+        more = ["--epochs", "2", "--source", str(folder / "source"), "--nets", "2",
+                "--source-epochs", "1", "--source-iters", "2", "--batch-size", "4"]
     return short(tiny, folder / "run", *more)
 
 
@@ -65,7 +65,8 @@ def report_of(run, monkeypatch):
 
 LOSSES = {ccsd: dict(L_intra="intra_camera_loss", L_cross="cross_camera_loss",
                      L_kd="distillation_loss"),
-          mskd: dict(L="view_losses", D="distillation_losses"), sskd: dict(L_soft="soft_label_loss")}
+          mskd: dict(L="view_losses", D="distillation_losses"),
+          sskd: dict(L_soft="soft_label_loss")}
 
 
 def test_the_batch_is_the_next_one_of_the_run(run, monkeypatch):
@@ -145,7 +146,8 @@ def test_what_is_drawn_of_an_image_is_what_the_loss_gets(run, monkeypatch):
     if page is sskd:
         for (_, (rows, slow_rows, means), student, copies, index), (p, q) in looks:
             batch = common.normalise(e.images[index])
-            for net, matrix, drawn, mean in ((copies[1], slow_rows, p, means), (student, rows, q, None)):
+            for net, matrix, drawn, mean in ((copies[1], slow_rows, p, means),
+                                             (student, rows, q, None)):
                 with torch.no_grad():
                     _, neck = net.eval()(batch, inside=True)
                 neck = neck.double()
@@ -175,7 +177,8 @@ def test_the_pictures_hold_these_numbers(run, monkeypatch):
     for _, numbers in looks:
         if page is ccsd:
             p, q, kl = numbers
-            assert f"KL(p || q) = {kl:.3f}" in found.text and f"p {100 * p.max():.0f} %" in found.text
+            assert f"KL(p || q) = {kl:.3f}" in found.text
+            assert f"p {100 * p.max():.0f} %" in found.text
         if page is mskd:
             assert all(f"D = {value:.3f}" in found.text for value in numbers[2])
             assert f"t {numbers[0][0].max():.2f}" in found.text
@@ -261,11 +264,25 @@ def test_without_ids_the_chapter_shows_all_but_who_is_right(run, monkeypatch, tm
         assert known not in chapter, known
 
 
+def test_one_camera_leaves_nothing_to_teach_across(tiny, tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for n, path in enumerate(sorted((tiny / "bounding_box_train").iterdir())):
+        shutil.copy(path, folder / f"shot{n}.jpg")
+    ccsd.main(short(folder, tmp_path / "a", "--epochs", "1"))
+    mskd.main(short(folder, tmp_path / "b", "--epochs", "1"))
+    for name, says in (("a", "No cluster is seen by two cameras"), ("b", "The student now, f")):
+        scoring.main([str(tmp_path / name), "--report"])
+        text = read_page(tmp_path / name / "report.html").text
+        assert says in text and "nan" not in text
+
+
 def test_a_teacher_and_a_lost_teacher_say_so(tiny, tmp_path):
     out = tmp_path / "run"
     mskd.main(short(tiny, out, "--epochs", "1"))
     scoring.main([str(out / "teacher"), "--report"])
-    assert "learned from labels alone" in read_page(out / "teacher" / "report.html").text
+    text = read_page(out / "teacher" / "report.html").text
+    assert "is a teacher: it learned from labels alone" in text
     (out / "teacher").rename(tmp_path / "elsewhere")
     scoring.main([str(out), "--report"])
     text = read_page(out / "report.html").text
