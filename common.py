@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import errno
 import functools
 import glob
 import hashlib
@@ -405,11 +406,9 @@ def jaccard_distance(features, k1=30, k2=6, max_distance=1.):
     and other zeros are stored. k1 counts the image itself (30 columns), as in ClusterContrast.
     Raises Problem for features that are not finite.
     """
-    check_features(features)
-    rank = nearest(features, k1)
-    vectors = reciprocal_vectors(features, rank, k1, k2, lambda cosine, _: np.exp(2 * cosine - 2))
-    rows = []
-    for shared in progress(overlaps(vectors, vectors), "Jaccard distance", len(rank) // 256 + 1):
+    vectors, rows = neighbour_vectors(features, k1, k2), []
+    blocks = len(features) // 256 + 1
+    for shared in progress(overlaps(vectors, vectors), "Jaccard distance", blocks):
         shared.data = (1 - shared.data / (2 - shared.data)).clip(0)               # J(i, j)
         keep = shared.data <= max_distance + 1e-4  # dbscan() widens eps a little
         ends = np.concatenate([[0], keep.cumsum()])[shared.indptr]
@@ -417,6 +416,14 @@ def jaccard_distance(features, k1=30, k2=6, max_distance=1.):
     distance = vstack(rows, format="csr")
     distance.sort_indices()
     return distance
+
+
+def neighbour_vectors(features, k1, k2=6):
+    """-> sparse (N, N): each image's neighbours and how much each counts; rows sum to 1. The
+    Jaccard distance compares two rows."""
+    check_features(features)
+    rank = nearest(features, k1)
+    return reciprocal_vectors(features, rank, k1, k2, lambda cosine, _: np.exp(2 * cosine - 2))
 
 
 def reciprocal_vectors(features, rank, k1, k2, weigh):
@@ -710,8 +717,8 @@ def warn_of_few(cams):
     """Say which part of --centre does not do what its name says."""
     few = (np.bincount(cams) < FEW_IMAGES).sum()
     if few:
-        say(f"note: {few} of {cams.max() + 1} cameras have fewer than {FEW_IMAGES} images; --centre "
-            "does not subtract their own mean, which would take the person away too, but that of "
+        say(f"note: {few} of {cams.max() + 1} cameras have fewer than {FEW_IMAGES} images; "
+            "--centre does not subtract their own mean, which would take the person away too, but that of "
             "all images", sys.stderr)
 
 
@@ -1009,15 +1016,15 @@ def read_levels(home, images):
                       f"{next(x for x, parts in zip(where, folders) if len(parts) > depths[0])} "
                       f"({LAY_OUT})")
     if depths[0] > 2:
-        raise Problem(f"{home}: its {len(images)} images lie {depths[0]} folders deep, the first in "
-                      f"{where[0]} (name a folder nearer to them, or {LAY_OUT})")
+        raise Problem(f"{home}: its {len(images)} images lie {depths[0]} folders deep, the first "
+                      f"in {where[0]} (name a folder nearer to them, or {LAY_OUT})")
     levels = [sorted({parts[level] for parts in folders}) for level in range(depths[0])]
     cameras = [sum(map(is_camera, names)) for names in levels]
     for names, number in zip(levels, cameras):
         if 0 < number < len(names):
             odd = next(name for name in names if not is_camera(name))
-            raise Problem(f"{home} holds images in {os.path.join(home, odd)} beside those in folders such as "
-                          f"{next(filter(is_camera, names))} ({LAY_OUT})")
+            raise Problem(f"{home} holds images in {os.path.join(home, odd)} beside those in folders "
+                          f"such as {next(filter(is_camera, names))} ({LAY_OUT})")
     if len(levels) == 2 and bool(cameras[0]) == bool(cameras[1]):
         raise Problem(f"{home}: which level of {where[0]} is the camera and which the person is "
                       f"not to be seen ({LAY_OUT})")
@@ -1046,13 +1053,13 @@ def check_names(rows):
     for row in rows:
         number = re.findall(r"\d+", row["camera_folder"] or "")
         if row["camera"] is not None and number and int(number[0]) != row["camera"]:
-            raise Problem(f"{row['path']}: camera {number[0]} by the folder, {row['camera']} by the "
-                          "file name (rename one of them)")
+            raise Problem(f"{row['path']}: camera {number[0]} by the folder, {row['camera']} by "
+                          "the file name (rename one of them)")
     folders = {row["person_folder"] for row in rows} - {None}
     if len(folders) > 1 and all(row["camera"] is not None for row in rows) and not one_to_one(
             "person_folder", "camera"):
-        raise Problem(f"{rows[0]['path']}: every folder holds the images of one camera, by the file "
-                      "names, so folders look like cameras and not like people (call the folders "
+        raise Problem(f"{rows[0]['path']}: every folder holds the images of one camera, by the "
+                      "file names, so folders look like cameras and not like people (call the folders "
                       "cam1, cam2, or take the cameras out of the file names)")
 
 
@@ -1574,7 +1581,7 @@ class Log:
                 LOCKS.pop(name).close()
             LOCKS[name] = self.file = open(self.path, "ab", buffering=0)
             if fcntl:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(self.file)
         except (OSError, RecursionError, ValueError) as error:
             busy = "another process is writing there" if type(error) is BlockingIOError else error
             raise Problem(f"{self.folder} cannot be written: {busy} (choose another --out)"
@@ -1656,13 +1663,13 @@ class Log:
         self.lines.append(json.dumps(dict(record, seconds=round(seconds, 2))) + "\n")
         if keep:
             model = keep["model"]
-            if not all(value.isfinite().all() for value in model.state_dict().values()):
-                raise Problem(f"{title}: weights are not finite, training diverged (lower --lr; "
-                              "the last good epoch is kept)")
             state = {name: value.get_state() if isinstance(value, torch.Generator) else
                      torch.from_numpy(value) if isinstance(value, np.ndarray) else
                      value.state_dict() if hasattr(value, "state_dict") else value
                      for name, value in keep.items()}
+            if not all(value.isfinite().all() for value in tensors_in(state)):
+                raise Problem(f"{title}: weights are not finite, training diverged (lower --lr; "
+                              "the last good epoch is kept)")
             from_rank_0(
                 save_checkpoint, os.path.join(self.folder, "last.pt"), **self.args, **state,
                 format=FORMAT, parts=model.parts, pooling=model.pooling, epoch=epoch,
@@ -1689,6 +1696,26 @@ class Log:
         if RANK == 0:
             LOCKS.pop(os.path.realpath(self.path)).close()
         return scores
+
+
+def lock(file):
+    """Lock an open file, or raise BlockingIOError. Some file systems of clusters have no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        say(f"note: {file.name} cannot be locked here ({error.strerror}); do not start two runs in "
+            "this folder", sys.stderr)
+
+
+def tensors_in(value):
+    """-> all tensors in nested dicts and lists."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [x for part in value for x in tensors_in(part)]
+    return [value] if torch.is_tensor(value) else []
 
 
 def in_words(scores):

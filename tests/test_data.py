@@ -213,7 +213,7 @@ def test_files_that_are_no_images_are_counted_and_named(tmp_path):
     for i in range(7):
         (tmp_path / f"{i}.jpg").write_bytes(b"<html>not found</html>")
     split = common.Split([str(tmp_path / f"{i}.jpg") for i in range(7)], None, None)
-    with pytest.raises(common.Problem, match="7 of 7 files.*0.jpg .it is a web page.*4.jpg.*2 more"):
+    with pytest.raises(common.Problem, match="7 of 7 .*0.jpg .it is a web page.*4.jpg.*2 more"):
         common.read_images(split, 64, 32)
 
 

@@ -1,5 +1,6 @@
 """Runs to trust: stopped, killed, out of disk, resumed; and no hostile file is obeyed."""
 
+import errno
 import io
 import itertools
 import os
@@ -334,6 +335,30 @@ def test_a_folder_takes_one_run_at_a_time(tiny, tmp_path):
         assert done.returncode == 2 and "another process" in done.stderr, done.stderr
     ccsd.main(short(tiny, tmp_path / "a"))                         # of the same process: it goes on
     del log
+
+
+@pytest.mark.skipif(common.fcntl is None, reason="no file locks here")
+def test_a_file_system_without_locks(tiny, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(common.fcntl, "flock", refuse)
+    args = ccsd.get_args(short(tiny, tmp_path / "a"))
+    common.Log(args.out, "cpu", args).file.close()
+    assert capsys.readouterr().err.count("cannot be locked here") == 1
+
+
+def test_nothing_that_is_not_finite_is_saved(tiny, tmp_path):
+    """Not only the network that is evaluated: SSKD keeps several."""
+    args = ccsd.get_args(short(tiny, tmp_path / "a"))
+    log, good, bad = common.Log(args.out, "cpu", args), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    good.parts, good.pooling = 0, "gem"
+    bad.weight.data[0, 0] = torch.nan
+    optimizer = torch.optim.Adam(good.parameters())
+    optimizer.state[good.weight]["exp_avg"] = torch.full((2, 2), torch.inf)
+    for extra in (dict(students=torch.nn.ModuleList([good, bad])), dict(optimizer=optimizer)):
+        with pytest.raises(common.Problem, match="not finite.*last good epoch is kept"):
+            log.epoch("epoch 1/2", epoch=1, keep=dict(model=good, labels=np.zeros(3), **extra))
+    assert not (tmp_path / "a" / "last.pt").exists()
 
 
 def test_a_log_that_was_deleted_meanwhile_comes_back_on_resume(tiny, tmp_path, monkeypatch):
