@@ -718,8 +718,8 @@ def warn_of_few(cams):
     few = (np.bincount(cams) < FEW_IMAGES).sum()
     if few:
         say(f"note: {few} of {cams.max() + 1} cameras have fewer than {FEW_IMAGES} images; "
-            "--centre does not subtract their own mean, which would take the person away too, but that of "
-            "all images", sys.stderr)
+            "--centre does not subtract their own mean, which would take the person away too, but "
+            "that of all images", sys.stderr)
 
 
 def centre_cameras(features, cams):
@@ -1023,8 +1023,8 @@ def read_levels(home, images):
     for names, number in zip(levels, cameras):
         if 0 < number < len(names):
             odd = next(name for name in names if not is_camera(name))
-            raise Problem(f"{home} holds images in {os.path.join(home, odd)} beside those in folders "
-                          f"such as {next(filter(is_camera, names))} ({LAY_OUT})")
+            raise Problem(f"{home} holds images in {os.path.join(home, odd)} beside those in "
+                          f"folders such as {next(filter(is_camera, names))} ({LAY_OUT})")
     if len(levels) == 2 and bool(cameras[0]) == bool(cameras[1]):
         raise Problem(f"{home}: which level of {where[0]} is the camera and which the person is "
                       f"not to be seen ({LAY_OUT})")
@@ -1059,7 +1059,7 @@ def check_names(rows):
     if len(folders) > 1 and all(row["camera"] is not None for row in rows) and not one_to_one(
             "person_folder", "camera"):
         raise Problem(f"{rows[0]['path']}: every folder holds the images of one camera, by the "
-                      "file names, so folders look like cameras and not like people (call the folders "
+                      "file names, so folders look like cameras and not like people (call them "
                       "cam1, cam2, or take the cameras out of the file names)")
 
 
