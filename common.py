@@ -1238,9 +1238,29 @@ def load_weights(net, arch, weights):
                           f"{error}): put a whole file at {path}, or say --weights FILE or "
                           "--weights none") from error
     else:
-        state = load_checkpoint(weights, ("conv1.weight",))
+        state = unwrapped(load_checkpoint(weights), weights)
     unused = ("fc.", "layer4.") if arch.endswith("-layer3") else ("fc.",)
     fill(net, state, f"--weights {weights} does not fit --arch {arch}", unused)
+
+
+def unwrapped(state, path, first="conv1.weight"):
+    """A published file's content -> the state dict of its ResNet in torchvision's names: from one
+    level down ("state_dict", "model"), without a common prefix ("module.", "backbone."). Heads
+    are left out. Raises Problem if there is none."""
+    levels = [state, *state.values()] if isinstance(state, dict) else []
+    levels = [level for level in levels if isinstance(level, dict)]
+    for level in levels:
+        for name, value in level.items():
+            prefix = str(name).removesuffix(first)
+            if str(name).endswith(first) and f"{prefix}layer1.0.{first}" in level:
+                if prefix:
+                    say(f"note: {path}: names are read without {prefix}", sys.stderr)
+                ours = tuple(prefix + part for part in ("conv1.", "bn1.", "layer"))
+                return {key.removeprefix(prefix): value for key, value in level.items()
+                        if key.startswith(ours)}
+    names = [str(name) for level in levels[::-1] for name in level][:3]
+    raise Problem(f"{path} holds no ResNet in torchvision's format, with {first}; its names start "
+                  f"with {', '.join(names) or 'nothing'} (choose another file)")
 
 
 def fill(module, state, what, unused=()):
@@ -1259,6 +1279,7 @@ def fill(module, state, what, unused=()):
 
 # ================================================================= D command line, seeds, devices
 
+COMMAND_LINE = []  # filled by run()
 DEVICES = ("auto", "cpu", "cuda", "mps")
 NO_NUMBER = {"out", "first_stage", "code", "root", "device", "eval_every", "resume", "on_collapse",
              "recompute"}  # flags and notes that do not change the results
@@ -1283,6 +1304,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             usage="%(prog)s [flags]", description=text, allow_abbrev=False, **options,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100))
+
+    def parse_known_args(self, args=None, namespace=None):
+        """args: words, also paths and numbers. None: those of the command line, if run() started
+        the program; a notebook's own are not meant for a page."""
+        args = COMMAND_LINE if args is None else args
+        return super().parse_known_args([str(word) for word in args], namespace)
 
     def error(self, message):
         raise Problem(f"{message} (--help explains every flag)")
@@ -1350,6 +1377,8 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
     other = settings["toy" if early.weights == "none" else "market1501"]
     parser.set_defaults(**settings.get(early.data.rsplit(":", 1)[0], other))
     args, defaults = parser.parse_args(argv), parser.parse_args(["--data", early.data])
+    if not (early.data.rsplit(":", 1)[0] in settings):  # --weights none chose other settings
+        defaults.weights = settings["market1501"]["weights"]
     if args.batch_size % args.num_instances or args.batch_size % args.bn_splits:
         raise Problem(f"--batch-size {args.batch_size} is no multiple of --num-instances "
                       f"{args.num_instances} and --bn-splits {args.bn_splits} (change one of them)")
@@ -1381,7 +1410,8 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
 
 def run_folder(method, args, defaults, ignored=()):
     """-> runs/METHOD-DATA-sSEED and every flag that differs from its default and is not ignored."""
-    name = f"{method}-{os.path.basename(os.path.normpath(args.data))}-s{args.seed}"
+    data = os.path.normpath(args.data).strip(os.sep + ".")  # the whole path: a/images, b/images
+    name = f"{method}-{data}-s{args.seed}"
     ignored = NO_NUMBER.union(ignored, ("data", "seed", "stage"))
     for flag, value in vars(args).items():
         if flag not in ignored and value != getattr(defaults, flag):
@@ -1422,6 +1452,7 @@ def run(main, resume="--resume"):
     sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it was closed
     sys.stdout = sys.stdout or sys.stderr
     try:
+        COMMAND_LINE[:] = sys.argv[1:]
         return as_one(main)
     except Problem as problem:
         message, code = problem, 2
@@ -1809,8 +1840,9 @@ def load_encoder(path):
 
 
 def embed(model, files):
-    """Features of image files, from a network of load_encoder() -> (len(files), D), unit rows, so
+    """Features of image files, one or several, from a network of load_encoder() -> (len(files), D), unit rows, so
     that the product of two rows is the similarity of two images, from -1 to 1."""
+    files = [files] if isinstance(files, (str, os.PathLike)) else files
     images = read_images(Split([os.fspath(file) for file in files], None, None), *model.size)
     return global_features(model, images)
 

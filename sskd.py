@@ -246,6 +246,8 @@ def main(argv=None):
         every = torch.stack([common.extract_features(net, images) for net in slow])  # (n, N, D)
         features = F.normalize(every.sum(0))                                      # (N, D)
 
+        fallback = labels if args.on_collapse == "skip" else None
+
         # ---- 2 pseudo labels: dense groups of images that share neighbours
         centred = common.centre_cameras(every, cams) if args.centre else every  # W
         centred = F.normalize(centred.sum(0))                                     # (N, D)
@@ -254,8 +256,7 @@ def main(argv=None):
         else:
             distance = common.jaccard_distance(centred, args.k1)
             radius = args.eps or (adaptive_eps(distance, args.rho) if epoch == 0 else radius)
-            labels = common.dbscan(distance, radius, at_least=P,
-                                   instead=labels if args.on_collapse == "skip" else None,
+            labels = common.dbscan(distance, radius, at_least=P, instead=fallback,
                                    flag="--eps" if args.eps else "--rho")
 
         # ---- 4 classifiers of every network and every copy: the clusters' unit means

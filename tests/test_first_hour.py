@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import HERE, SHORT, draw, losses, program, refusal, short, weights
+from conftest import HERE, SHORT, checkpoint, draw, losses, program, refusal, short, weights
 from PIL import Image
 
 import ccsd
@@ -124,7 +124,7 @@ def test_a_teacher_serves_every_student_until_the_page_is_edited(copy, tmp_path)
     (ccsd, "--refine none --true-ids", "ccsd-toy-s0-refine-none-true-ids"),
     (ccsd, "--size 64 32 --epochs 2", "ccsd-toy-s0-epochs2-size-64x32"),
     (ccsd, "--resume --root x --device cpu --eval-every 2 --recompute", "ccsd-toy-s0"),
-    (ccsd, "--data some/where:source", "ccsd-where-source-s0"),
+    (ccsd, "--data some/where:source", "ccsd-some-where-source-s0"),
     (ccsd, "--data x --weights ../a/b.pth", "ccsd-x-s0-weights-..-a-b.pth"),
     (mskd, "--teacher runs/a/teacher --stage student", "mskd-toy-s0-teacher-runs-a-teacher"),
     (sskd, "--soft 0 --nets 1", "sskd-toy-s0-nets1-soft0")])
@@ -132,6 +132,12 @@ def test_a_folder_is_named_after_its_flags(page, words, name, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert page.get_args(words.split()).out == os.path.join("runs", name)
     assert page.get_args([*words.split(), "--out", "a b"]).out == "a b"
+
+
+def test_own_folders_do_not_share_a_run_folder():
+    flags = ["--data a/images", "--data b/images", "--data a/images --weights none",
+             "--data a/images --weights x.pth", "--data a/images:source"]
+    assert len({ccsd.get_args(words.split()).out for words in flags}) == len(flags)
 
 
 def test_long_names_of_folders_differ_to_the_last_flag():
@@ -173,6 +179,34 @@ def test_load_embed_compare(tiny, tmp_path):
     mskd.main(short(tiny, tmp_path / "b", "--stage", "teacher"))
     model, _ = common.load_encoder(str(tmp_path / "b" / "teacher"))
     assert common.embed(model, files).shape == (3, 256)            # the global feature
+
+
+def test_paths_and_numbers_are_words_and_a_notebook_s_own_are_not(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setattr(common, "COMMAND_LINE", [])
+    assert ccsd.get_args().data == "toy" and mskd.get_args().out and sskd.get_args().out
+    args = ccsd.get_args(["--data", tiny, "--seed", 3])
+    assert args.data == str(tiny) and args.seed == 3
+    assert len(common.load(tiny)[0].paths) == 72
+    checkpoint(tmp_path / "last.pt")
+    model, _ = common.load_encoder(tmp_path)
+    file = common.load(tiny)[1].paths[0]
+    assert torch.equal(common.embed(model, file), common.embed(model, [file]))
+
+
+@pytest.mark.parametrize("wrap, prefix", [("state_dict", "module."), ("model", "backbone."),
+                                          ("", "module.encoder_q."), ("state_dict", "")])
+def test_published_weights_are_unwrapped(wrap, prefix, tmp_path):
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18()
+    state = {prefix + key: value for key, value in net.state_dict().items()}
+    state.update({"module.head.weight": torch.zeros(3)} if prefix else {})
+    torch.save({wrap: state, "epoch": 3} if wrap else state, tmp_path / "x.pth")
+    model = common.Encoder("resnet18", str(tmp_path / "x.pth"))
+    assert torch.equal(model.backbone.layer4[1].conv2.weight, net.layer4[1].conv2.weight)
+    torch.save({"state_dict": {"base.0.weight": torch.zeros(3)}}, tmp_path / "y.pth")
+    with pytest.raises(common.Problem, match="y.pth holds no ResNet.*names start with base.0.weig"):
+        common.Encoder("resnet18", str(tmp_path / "y.pth"))
 
 
 def test_the_lines_of_the_readme(tiny, tmp_path):

@@ -443,6 +443,25 @@ def test_collapse(name, tiny, other, tmp_path, monkeypatch, capsys):
     assert len(np.unique(first)) > 3 and all(np.array_equal(first, labels) for labels in seen)
 
 
+@pytest.mark.parametrize("refine", ["reassign", "recluster"])
+def test_labels_of_the_epoch_before_are_not_refined_again(refine, tiny, tmp_path, monkeypatch,
+                                                          watch):
+    dbscan, calls = common.dbscan, []
+
+    def collapsing(distance, eps, min_samples=4, at_least=2, instead=None, **more):
+        if at_least and instead is not None:                       # not within recluster()
+            return instead
+        calls.append(1)
+        return dbscan(distance, eps, min_samples, at_least, **more)
+    monkeypatch.setattr(common, "dbscan", collapsing)
+    seen = watch(ccsd, "split_by_camera")
+    batches = watch(common, "pk_batches")
+    ccsd.main(words("ccsd", tiny, None, tmp_path, "--refine", refine, "--on-collapse", "skip"))
+    first, *others = [labels for (labels, *_), _ in batches]
+    assert len(others) == 2 and all(np.array_equal(first, labels) for labels in others)
+    assert len(seen) >= 3
+
+
 def test_fewer_clusters_than_a_batch_needs_are_a_collapse(tiny, tmp_path, capsys):
     argv = short(tiny, tmp_path, "--batch-size", "36", "--num-instances", "2")
     says = refusal(lambda: ccsd.main([*argv, "--on-collapse", "skip"]), capsys)  # nothing before it
