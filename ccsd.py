@@ -216,7 +216,7 @@ def main(argv=None):
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
                                  fused=device.type == "cuda")
     state = dict(generator=generator, model=model, optimizer=optimizer)
-    resumed = log.restore(len(images), **state)
+    resumed = log.restore(train, **state)
     labels = resumed.get("labels")
     if not resumed:  # a new run
         log.epoch("start", scores=common.test(model, test_set))

@@ -144,7 +144,7 @@ def read_images(split, height, width):
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
     if problems:
         more = f" ... and {len(problems) - 5} more" * (len(problems) > 5)
-        raise Problem(f"{len(problems)} of {len(images)} files cannot be read as images: "
+        raise Problem(f"{len(problems)} of {len(images)} images are no good: "
                       f"{'; '.join(problems[:5])}{more} (remove these files or copy them again)")
     return images
 
@@ -1173,7 +1173,7 @@ def open_image(path):
             picture.load()
             return to_rgb(upright(picture), picture.format)
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise Problem(f"{path} ({what_is(path) or error})") from error
+        raise Problem(f"{path}: cannot be read as an image ({what_is(path) or error})") from error
 
 
 def upright(picture):
@@ -1516,7 +1516,7 @@ def check_features(*features):
 
 # ========================================================================== E logs and checkpoints
 
-FORMAT = 3  # of last.pt; files of another format are refused
+FORMAT = 4  # of last.pt; files of another format are refused
 LOCKS = {}  # path -> open log of this process
 
 
@@ -1557,6 +1557,7 @@ class Log:
     def __init__(self, folder, device, args, epochs="epochs", free=()):
         self.folder, self.path, self.args = folder, os.path.join(folder, "log.jsonl"), vars(args)
         self.file, self.start, self.total = None, time.time(), self.args[epochs]
+        self.files = ""
         self.device, self.began, self.rounds = torch.device(device), None, 0
         state = from_rank_0(self._read, epochs, free)
         if not state or state["epoch"] < self.total:
@@ -1571,6 +1572,7 @@ class Log:
             self.start, self.lines = self.start - state["seconds"], state["lines"]
             from_rank_0(self._write)
             if state["epoch"] == self.total:
+                self._check_data("source" if epochs == "source_epochs" else "data", state)
                 self.finished = state
                 say(f"{folder}: finished before on {state['images']:,} images, nothing to do"
                     + in_words(state["scores"]))
@@ -1636,18 +1638,33 @@ class Log:
             raise Problem(f"{self.path} cannot be written: {error} (free some space, then go on "
                           "with --resume)") from error
 
-    def restore(self, images, **parts):
+    def _check_data(self, flag, state):
+        """Raises Problem if the data set of a finished run has other images now. If it is not there
+        any more, the run is shown all the same."""
+        try:
+            train, *_ = load(self.args[flag], self.args["root"], draw=False)
+        except Problem:
+            return
+        self._check_files(train, state)
+
+    def _check_files(self, train, state):
+        if (state["images"], state["files"]) != (len(train.paths), names_of(train)):
+            raise Problem(f"{self.folder} is of a run on {state['images']} training images, now "
+                          f"there are {len(train.paths)}, or their names are others (restore the "
+                          "data set, or choose another --out)")
+
+    def restore(self, train, **parts):
         """--resume: load the checkpoint's state into `parts`: modules, optimisers and generators.
 
-        -> dict of the rest: epoch, the number of finished epochs, and what epoch() was told to
-        keep; {} in a new run. Raises Problem if a part or the number of images does not fit.
+        train: the Split that is trained on. -> dict of the rest: epoch, the number of finished
+        epochs, and what epoch() was told to keep; {} in a new run. Tensors come back as arrays.
+        Raises Problem if a part or the names of the images do not fit.
         """
+        self.files = names_of(train)
         state, self.state = self.state, None
         if not state:
             return {}
-        if state["images"] != images:
-            raise Problem(f"{self.folder} is of a run on {state['images']} training images, now "
-                          f"there are {images} (restore the data set, or choose another --out)")
+        self._check_files(train, state)
         try:
             for name, part in parts.items():
                 load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
@@ -1704,7 +1721,8 @@ class Log:
             from_rank_0(
                 save_checkpoint, os.path.join(self.folder, "last.pt"), **self.args, **state,
                 format=FORMAT, parts=model.parts, pooling=model.pooling, epoch=epoch,
-                scores=scores or {}, images=len(keep["labels"]), lines=self.lines, seconds=seconds)
+                scores=scores or {}, images=len(keep["labels"]), files=self.files, lines=self.lines,
+                seconds=seconds)
         from_rank_0(self._write)
         left = ""
         if self.began and keep and epoch < self.total:
@@ -1738,6 +1756,13 @@ def lock(file):
             raise
         say(f"note: {file.name} cannot be locked here ({error.strerror}); do not start two runs in "
             "this folder", sys.stderr)
+
+
+def names_of(split):
+    """-> a hash of the images' names below their common folder, which may move."""
+    home = os.path.commonpath(split.paths)
+    names = sorted(os.path.relpath(path, home) for path in split.paths)
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def tensors_in(value):
@@ -1817,7 +1842,7 @@ def load_run(path, *keys):
     """-> the dict of a run's last.pt. Raises Problem for any other file."""
     kinds = dict(format=int, model=dict, arch=str, parts=int, pooling=str, size=tuple, data=str,
                  root=str, epoch=int, epochs=int, scores=dict, lines=list, seconds=float, bf16=bool,
-                 fp32=bool, images=int, code=dict)
+                 fp32=bool, images=int, files=str, code=dict)
     state = load_checkpoint(path, (*kinds, *keys))
     if not (all(isinstance(state[key], kind) for key, kind in kinds.items())
             and state["format"] == FORMAT and state["arch"] in ARCHS
@@ -1840,8 +1865,8 @@ def load_encoder(path):
 
 
 def embed(model, files):
-    """Features of image files, one or several, from a network of load_encoder() -> (len(files), D), unit rows, so
-    that the product of two rows is the similarity of two images, from -1 to 1."""
+    """Features of image files, one or several, from a network of load_encoder() -> (len(files), D),
+    unit rows, so that the product of two rows is the similarity of two images, from -1 to 1."""
     files = [files] if isinstance(files, (str, os.PathLike)) else files
     images = read_images(Split([os.fspath(file) for file in files], None, None), *model.size)
     return global_features(model, images)

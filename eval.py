@@ -262,6 +262,7 @@ def draw_run(run, features, images, device):
     """-> the report page of a run. features, images: of query and gallery; [] without ids."""
     test, labels = (run.query, run.gallery), run.state.get("labels")
     ours = run.trained_here and "classifier" not in run.state  # else: other images, or --source's
+    ours = ours and run.state["files"] == common.names_of(run.train)
     ours = ours and torch.is_tensor(labels) and labels.shape == (len(run.train.paths),)
     ours = ours and labels.max() >= 0
     labels = labels.numpy() if ours else None

@@ -191,7 +191,7 @@ def train_source(args, i, device, images):
     optimizer = torch.optim.Adam([*model.parameters(), *classifier.parameters()], args.lr,
                                  weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
     state = dict(generator=generator, model=model, classifier=classifier, optimizer=optimizer)
-    resumed = log.restore(len(labels), **state)
+    resumed = log.restore(source, **state)
     P, K = args.batch_size // args.num_instances, args.num_instances  # people, images of each
     model.train()
     for epoch in range(resumed.get("epoch", 0), args.source_epochs):
@@ -236,7 +236,7 @@ def main(argv=None):
     students = torch.nn.ModuleList(common.load_encoder(path)[0].on(device, args) for path in paths)
     slow = copy.deepcopy(students).requires_grad_(False)  # students: M_1..M_n; slow: E_1..E_n
     state = dict(generator=generator, students=students, slow=slow)
-    resumed = log.restore(len(images), **state)
+    resumed = log.restore(train, **state)
     labels, radius = resumed.get("labels"), resumed.get("radius")
     if not resumed:  # a new run
         log.epoch("source only", scores=common.test(slow[0], test_set))

@@ -177,6 +177,22 @@ def test_resume_needs_the_same_images(tmp_path, capsys):
     assert "72 training images, now there are 71" in says and "--out" in says
 
 
+def test_a_finished_run_is_of_its_images(tmp_path, capsys):
+    """Others under the same number are noticed; a set that moved or is gone is no reason to stop.
+    """
+    folder = draw(tmp_path / "d")
+    argv = short(folder, tmp_path / "a", "--epochs", "1")
+    scores = ccsd.main(argv)
+    first = min((folder / "bounding_box_train").iterdir())
+    os.rename(first, first.with_name("0001_c1_renamed.jpg"))
+    says = refusal(lambda: ccsd.main(argv), capsys)
+    assert "72 training images, now there are 72, or their names are others" in says
+    split = common.load(str(folder))[0]
+    shutil.move(folder, tmp_path / "moved")
+    assert common.names_of(split) == common.names_of(common.load(str(tmp_path / "moved"))[0])
+    assert ccsd.main(argv) == scores
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_name_the_command_that_goes_on(number, tiny, other, tmp_path):
     """That command, run as it was printed, ends like a run that was never stopped."""
@@ -498,7 +514,7 @@ def test_hostile_images(content, tmp_path):
     split = common.Split([str(path)], np.array([1]), np.array([0]))
     says = {EPS: "it is PostScript", GIF.getvalue(): "it is GIF", b"": "it is empty"}.get(
         content, "it is PPM" if content.startswith(b"P6") else "")
-    with pytest.raises(common.Problem, match=f"0001_c1_0.jpg .{says}.*remove"):
+    with pytest.raises(common.Problem, match=f"0001_c1_0.jpg: cannot.*{says}.*remove"):
         common.read_images(split, 64, 32)
 
 
