@@ -62,6 +62,9 @@ SMALL = ("--data market1501 --arch resnet18-layer3 --size 128 64 --epochs {0} --
 CPU, HOUR = SMALL.format(20, 100, 20), SMALL.format(40, 200, 40)
 PAIR = ("--source {} --data {} --arch resnet18-layer3 --size 96 48 --source-epochs 10 "
         "--epochs 10 --iters 200{} --bn-splits 1{} --lr-drop 0 --eval-every 10")
+FROM_CUHK03 = ("--source cuhk03 --data market1501 --arch resnet18-layer3 --size 128 64 --bf16 "
+               "--source-epochs 10 --epochs {0} --iters 100 --nets {1} --bn-splits 1 --lr-drop 0 "
+               "--eval-every {0}")
 CCSD = {
     "baseline (ClusterContrast)": Row("--refine none"),
     "+ split": Row("--kd 0 --cross 0", "baseline (ClusterContrast)"),
@@ -134,8 +137,30 @@ TABLES = {
         "40 epochs, eps = .5": Row(f"{HOUR} --eps .5 --centre", seeds=THREE),
         "the same in float32, seed 1": Row(f"{HOUR.replace(' --bf16', '')} --eps .5 --centre",
                                            seeds=(1,)),
-        "30 epochs, eps = .6": Row(f"{SMALL.format(30, 200, 30)} --centre", seeds=range(1))},
+        "30 epochs, eps = .6": Row(f"{SMALL.format(30, 200, 30)} --centre", seeds=range(1)),
+        "ClusterContrast, cameras centred": Row(f"{HOUR} --eps .5 --centre --refine none",
+                                                seeds=THREE)},
                        real=True),
+    "mskd-hour": Table("mskd.py", {
+        "20 epochs a stage": Row(f"{CPU} --eps .5 --centre", seeds=THREE),
+        "short teacher, 8 x 100 steps": Row(
+            f"{SMALL.format(8, 100, 8)} --eps .5 --centre --stage teacher", seeds=range(1)),
+        "short teacher, 5 x 200 steps": Row(
+            f"{SMALL.format(5, 200, 5)} --eps .5 --centre --stage teacher",
+            "short teacher, 8 x 100 steps", range(1))}, real=True),
+    "sskd-hour": Table("sskd.py", {
+        "two networks": Row(f"{FROM_CUHK03.format(20, 2)} --eps .5 --centre --alpha .995",
+                            seeds=THREE),
+        "one network": Row(f"{FROM_CUHK03.format(20, 1)} --eps .5 --centre --alpha .995 "
+                           "--sources {two networks}/source", "two networks", THREE),
+        "short": Row(f"{FROM_CUHK03.format(6, 1)} --rho 4e-4", seeds=range(1)),
+        "short, centred": Row(f"{FROM_CUHK03.format(6, 1)} --rho 4e-4 --centre "
+                              "--sources {short}/source", "short", range(1)),
+        "short, centred, eps": Row(f"{FROM_CUHK03.format(6, 1)} --eps .5 --centre "
+                                   "--sources {short}/source", "short, centred", range(1)),
+        "short, centred, eps, alpha": Row(
+            f"{FROM_CUHK03.format(6, 1)} --eps .5 --centre --alpha .98 --sources {{short}}/source",
+            "short, centred, eps", range(1))}, real=True),
     "mskd-market": Table("mskd.py", {name: row._replace(seeds=THREE) for name, row in MSKD.items()},
                          SMALL.format(20, 100, 5), True),
     "sskd-market": Table("sskd.py", {
