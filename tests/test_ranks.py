@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HERE, draw, losses, refusal, short
+from conftest import HERE, draw, first_scale, losses, refusal, short, two_layers
 
 import ccsd
 import common
@@ -63,13 +63,26 @@ def runs(flags, tmp_path_factory):
     torch.set_num_threads(1)
     for page, module in PAGES.items():
         module.main(flags(page, one / page))
+    fp16(flags("ccsd", one / "half"))
     stop_after_an_epoch(flags("ccsd", two / "resumed"))
     torch.set_num_threads(threads)
     jobs = [["step", [], 0]] + [[page, flags(page, two / page), 0] for page in PAGES]
     jobs.append(["ccsd", [*flags("ccsd", two / "resumed"), "--resume"], 0])
+    jobs.append(["half", flags("ccsd", two / "half"), 0])
     done = torchrun(__file__, json.dumps(jobs))
     assert done.returncode == 0, done.stderr
     return one, two, done
+
+
+def fp16(words):
+    """Run ccsd.py in fp16, from a scale at which gradients overflow first, with a network so small
+    that CPUs, which are slow in fp16, are fast enough."""
+    with pytest.MonkeyPatch.context() as patch:
+        two_layers.__wrapped__(patch)
+        scalers = first_scale(patch, 2. ** 20)
+        ccsd.main([*words, "--precision", "fp16", "--true-ids", "--refine", "split", "--epochs",
+                   "1", "--warm-up", "0", "--iters", "9"])
+        assert 2 ** 8 < scalers[0].get_scale() < 2 ** 20
 
 
 def stop_after_an_epoch(words):
@@ -101,7 +114,7 @@ def same_run(a, b):
 
 
 @pytest.mark.parametrize("out", ["ccsd", "mskd/teacher", "mskd", "sskd/source/1", "sskd/source/2",
-                                 "sskd"])
+                                 "sskd", "half"])
 def test_two_processes_are_one_with_two_chunks(out, runs):
     one, two, done = runs
     same_run(one / out, two / out)
@@ -114,8 +127,8 @@ def test_only_rank_0_prints_and_writes(runs):
     assert done.stdout.count("one step: same") == 1
     titles = [line.split("|")[0].strip() for line in done.stdout.splitlines()]
     assert titles.count("source 2, 1") == titles.count("source only") == 1
-    assert titles.count("first round") == 1 and titles.count("warmed up") == 3
-    assert done.stderr.count("3 cameras; train 72") == 5  # ccsd, teacher, student, sskd, resumed
+    assert titles.count("first round") == 1 and titles.count("warmed up") == 4
+    assert done.stderr.count("3 cameras; train 72") == 6  # ccsd, teacher, student, sskd, resumed, half
     for folder, _, files in os.walk(two):
         assert set(files) <= {"last.pt", "log.jsonl"}
 
@@ -224,7 +237,7 @@ def work(jobs):
     for page, words, before in jobs:
         if before:
             die(before)
-        (check_steps if page == "step" else PAGES[page].main)(words)
+        dict(step=check_steps, half=fp16).get(page, page in PAGES and PAGES[page].main)(words)
 
 
 if __name__ == "__main__":
