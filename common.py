@@ -1203,6 +1203,12 @@ def unedited(folder, code, going_on):
     return other, f"{' and '.join(edited)} edited since the run in {folder}: this one is in {other}"
 
 
+OUT_OF_MEMORY = "(?i)" + "|".join((  # what torch says, and what its libraries say instead
+    "out of memory", "enough memory", "allocat", "bad_alloc", "alloc_failed",
+    "(cublas|cudnn|cusolver)_status_(not_initialized|internal_error)",
+    "unable to find (an engine|a valid cudnn algorithm)"))
+
+
 def run(main, resume="--resume"):
     """Call main() as a program: a Problem becomes one line on stderr and exit code 2; Ctrl-C and
     SIGTERM become one line with the command that continues (with `resume`) and exit code 130."""
@@ -1219,9 +1225,12 @@ def run(main, resume="--resume"):
         message, code = "\ninterrupted" if not resume else (
             f"\ninterrupted, finished epochs are kept; go on with: {LAUNCH} {words}"), 130
     except (MemoryError, RuntimeError) as error:  # torch raises the latter
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
+        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
-        message, code = "out of memory (lower --batch-size or --size, or a smaller --arch)", 2
+        words = str(error).partition("\n")[0][:90]
+        message, code = "out of memory" + f", it seems: {words}" * bool(words) + (
+            " (lower --batch-size or --size, choose a smaller --arch, or keep less of a batch: "
+            "--recompute, with larger --bn-splits)" if resume else " (say --device cpu)"), 2
     finally:
         for log in LOCKS.values():
             log.close()
@@ -1246,7 +1255,26 @@ def pick_device(name):
     if not have[name]:
         raise Problem(f"--device {name}: this PyTorch sees none (say --device cpu, or install a "
                       "PyTorch built for it)")
-    return join_ranks(torch.device(name))
+    device = join_ranks(torch.device(name))
+    if device.type == "cuda":
+        check_kernels(device)
+    return device
+
+
+def check_kernels(device):
+    """Raises Problem for a GPU for which this PyTorch holds no kernels, its own (sm_75) or what the
+    driver translates (compute_75). Else is_available() is True, but the first operation fails."""
+    archs, capability = torch.cuda.get_arch_list(), torch.cuda.get_device_capability(device)
+    for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(archs)):
+        built = int(major), int(minor)
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return
+    if any(arch.startswith("sm_") for arch in archs):  # AMD's have other names
+        raise Problem(f"{torch.cuda.get_device_name(device)} has compute capability "
+                      f"{capability[0]}.{capability[1]}, but this PyTorch is built for "
+                      f"{', '.join(archs)} (say --device cpu, or install the build for it: older "
+                      "cards need that of CUDA 12.6, pip install torch torchvision --index-url "
+                      "https://download.pytorch.org/whl/cu126)")
 
 
 def seed_everything(seed):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -114,3 +115,64 @@ def test_fp16_trains_and_an_overflow_skips_the_step(name, tiny, tmp_path, monkey
     assert set(scalers) == set(updates) and min(skipped.values()) >= 2, skipped
     assert len(updates) - len(steps) == sum(skipped.values())
     assert len(steps) >= 2 * len(scalers)
+
+
+# ----------------------------------------------------------------------------- kernels and memory
+
+WHEEL = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]    # of torch 2.14 for CUDA 13.0
+
+
+@pytest.mark.parametrize("capability, archs, works", [
+    ((7, 0), WHEEL, False), ((6, 0), WHEEL, False), ((6, 1), WHEEL, False), ((7, 5), WHEEL, True),
+    ((8, 0), WHEEL, True), ((8, 9), WHEEL, True), ((9, 0), WHEEL, True), ((12, 1), WHEEL, True),
+    ((8, 0), ["sm_86"], False), ((11, 0), WHEEL, False), ((13, 0), [*WHEEL, "compute_120"], True),
+    ((7, 0), ["sm_75", "compute_75"], False), ((9, 0), ["sm_90a"], True),
+    ((7, 0), ["sm_50", "sm_60", "sm_70"], True), ((9, 4), ["gfx942"], True), ((7, 0), [], True)])
+def test_a_card_without_kernels_is_one_line(capability, archs, works, tiny, tmp_path, monkeypatch,
+                                            capsys):
+    """Kernels of one major version run on its later minor ones; PTX runs on all later cards."""
+    for name, value in dict(is_available=True, device_count=1, get_arch_list=archs,
+                            get_device_capability=capability, get_device_name="Some GPU").items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    if works:
+        assert common.pick_device("auto") == CUDA
+        return
+    words = [*short(tiny, tmp_path), "--device", "auto"]
+    says = refusal(lambda: ccsd.main(words), capsys)
+    assert says.startswith(f"Some GPU has compute capability {'.'.join(map(str, capability))}, but")
+    assert "--device cpu" in says and "whl/cu126" in says
+
+
+OUT_OF_MEMORY = [  # as public issue threads quote them
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 7.79 GiB",
+    "CUDA error: out of memory", "HIP out of memory. Tried to allocate 1.16 GiB",
+    "MPS backend out of memory (MPS allocated: 5.56 GB, max allowed: 6.80 GB).",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
+    "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
+    "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED",
+    "Unable to find a valid cuDNN algorithm to run convolution",
+    "GET was unable to find an engine to execute this computation",
+    "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried",
+    "[enforce fail at alloc_cpu.cpp:81] data. DefaultCPUAllocator: not enough memory: you tried"]
+
+
+@pytest.mark.parametrize("words", [*OUT_OF_MEMORY, ""])
+def test_out_of_memory_in_all_its_words_is_one_line(words, capsys):
+    def fail():
+        raise RuntimeError(f"{words}\nmore lines") if words else MemoryError
+    says = refusal(fail, capsys)
+    assert says.startswith("out of memory") and "--recompute, with larger --bn-splits" in says
+    assert words[:80] in says and "more lines" not in says
+
+
+@pytest.mark.parametrize("words", ["CUDA error: device-side assert triggered",
+                                   "mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"])
+def test_other_errors_keep_their_traceback(words):
+    def fail():
+        raise RuntimeError(words)
+    with pytest.raises(RuntimeError, match=re.escape(words)):
+        common.run(fail)
