@@ -1410,6 +1410,7 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
         for name in (f"{method}.py", "common.py")}
     first, out = (run_folder(method, args, defaults, but) for but in (not_in_first_stage, ()))
     if not args.out:
+        first, out = (apart(folder, args.data) for folder in (first, out))
         going_on = args.resume and not has_finished(out)
         folders = [unedited(folder, args.code, going_on) for folder in (first, out)]
         for note in sorted({note for _, note in folders if note}):
@@ -1425,8 +1426,7 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
 
 def run_folder(method, args, defaults, ignored=()):
     """-> runs/METHOD-DATA-sSEED and every flag that differs from its default and is not ignored."""
-    data = os.path.normpath(args.data).strip(os.sep + ".")  # the whole path: a/images, b/images
-    name = f"{method}-{data}-s{args.seed}"
+    name = f"{method}-{os.path.basename(os.path.normpath(args.data))}-s{args.seed}"
     ignored = NO_NUMBER.union(ignored, ("data", "seed", "stage"))
     for flag, value in vars(args).items():
         if flag not in ignored and value != getattr(defaults, flag):
@@ -1445,6 +1445,13 @@ def has_finished(folder):
     text = next((read_text(path) for path in paths if os.path.exists(path)), "")
     done, planned = re.findall(r'"epoch": (\d+)', text), re.search(r'"epochs": (\d+)', text)
     return bool(done and planned) and done[-1] == planned[1]
+
+
+def apart(folder, data):
+    """-> the folder or, if it holds a run on another --data that ends alike, one beside it."""
+    found = in_logs(folder, r'"data": ("(?:[^"\\]|\\.)*")')
+    taken = found and json.loads(found[0][1]) != data
+    return f"{folder}-{hashlib.sha256(data.encode()).hexdigest()[:6]}" if taken else folder
 
 
 def in_logs(folder, pattern):
