@@ -1697,7 +1697,7 @@ class Log:
         """Raises Problem if the data set of a finished run has other images now. If it is not there
         any more, the run is shown all the same."""
         try:
-            train, *_ = load(self.args[flag], self.args["root"], draw=False)
+            train, *_ = load(self.args[flag], self.args["root"])
         except Problem:
             return
         self._check_files(train, state)
