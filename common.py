@@ -1627,7 +1627,8 @@ class Log:
             self.start, self.lines = self.start - state["seconds"], state["lines"]
             from_rank_0(self._write)
             if state["epoch"] == self.total:
-                self._check_data("source" if epochs == "source_epochs" else "data", state)
+                if "code" not in free:
+                    self._check_data("source" if epochs == "source_epochs" else "data", state)
                 self.finished = state
                 say(f"{folder}: finished before on {state['images']:,} images, nothing to do"
                     + in_words(state["scores"]))
