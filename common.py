@@ -25,6 +25,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -32,12 +33,14 @@ import os
 import platform
 import random
 import re
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +70,9 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-progress = functools.partial(tqdm, leave=False, disable=None)  # a bar, only on a terminal
+NOTEBOOK = "ipykernel" in sys.modules
+progress = functools.partial(tqdm, leave=False, disable=False if NOTEBOOK else None)
+# a bar, only on a terminal or in a notebook
 
 
 class Problem(Exception):
@@ -1297,6 +1302,7 @@ def fill(module, state, what, unused=()):
 # ================================================================= D command line, seeds, devices
 
 COMMAND_LINE = []  # filled by run()
+STATE = {"LOCKS", "COMMAND_LINE", "ARCHS"}  # no constants: they change, or hold functions
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("fp32", "bf16", "fp16")
 NO_NUMBER = {"out", "first_stage", "code", "root", "device", "eval_every", "resume", "on_collapse",
@@ -1391,6 +1397,7 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
     early = Parser("", add_help=False)
     early.add_argument("--data", default="toy")
     early.add_argument("--weights")
+    words = [str(word) for word in (COMMAND_LINE if argv is None else argv)]
     early, _ = early.parse_known_args(argv)
     other = settings["toy" if early.weights == "none" else "market1501"]
     parser.set_defaults(**settings.get(early.data.rsplit(":", 1)[0], other))
@@ -1405,9 +1412,13 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
     if args.bn_splits % RANKS:
         raise Problem(f"--bn-splits {args.bn_splits} is no multiple of the {RANKS} processes of "
                       "torchrun (change one of them)")
+    page = next(module for module in (sys.modules.get(method), sys.modules["__main__"])
+                if getattr(module, "SETTINGS", None) is settings)
     args.size, args.code = tuple(args.size), {
-        name: hashlib.sha256(read_text(os.path.join(HERE, name)).encode()).hexdigest()[:12]
-        for name in (f"{method}.py", "common.py")}
+        os.path.basename(module.__file__): running_code(module)
+        for module in (page, sys.modules[__name__])}
+    if NOTEBOOK:
+        short_errors(vars(page), words)
     first, out = (run_folder(method, args, defaults, but) for but in (not_in_first_stage, ()))
     if not args.out:
         first, out = (apart(folder, args.data) for folder in (first, out))
@@ -1445,6 +1456,67 @@ def has_finished(folder):
     text = next((read_text(path) for path in paths if os.path.exists(path)), "")
     done, planned = re.findall(r'"epoch": (\d+)', text), re.search(r'"epochs": (\d+)', text)
     return bool(done and planned) and done[-1] == planned[1]
+
+
+def running_code(module):
+    """-> a hash of the code that runs: of the module's file or, if functions or constants were
+    replaced in memory, or the file was edited and not loaded again, as happens in a notebook, of
+    what is in memory."""
+    text = read_text(module.__file__)
+    try:
+        file = described(runpy.run_path(module.__file__, run_name="file"))
+    except Exception:  # saved in the middle of an edit
+        file = {}
+    memory = described(vars(module))
+    if {**file, **memory} != file:
+        name = os.path.basename(module.__file__)
+        say(f"note: {name} in memory differs from the file (edited after its import, or changed "
+            "here); memory is what runs. To run the file: importlib.reload, or a new kernel",
+            sys.stderr)
+        text = repr(sorted(memory.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def described(namespace):
+    """-> dict of what a module's own functions, classes and constants do, as text."""
+    own, found = ("file", "__main__", namespace["__name__"]), {}
+
+    def code(function):
+        body = inspect.unwrap(function).__code__
+        parts = [body]
+        for part in parts:  # functions within functions too
+            parts += [x for x in part.co_consts if inspect.iscode(x)]
+        constants = [[sorted(map(repr, x)) if isinstance(x, frozenset) else x
+                      for x in part.co_consts if not inspect.iscode(x)] for part in parts]
+        return repr([getattr(function, "__defaults__", None), constants,
+                     *((part.co_code, part.co_names, part.co_varnames) for part in parts)])
+    for name, value in namespace.items():
+        if inspect.isroutine(inspect.unwrap(value)) and hasattr(inspect.unwrap(value), "__code__"):
+            if value.__module__ in own:
+                found[name] = code(value)
+        elif inspect.isclass(value) and value.__module__ in own:
+            found[name] = repr([code(x) for x in vars(value).values() if inspect.isfunction(x)])
+        elif name.isupper() and name not in STATE and isinstance(
+                value, (int, float, str, tuple, dict)):
+            found[name] = repr(value)
+    return found
+
+
+def short_errors(page, words):
+    """In a notebook: one line for a Problem and for an interrupt, as in a terminal."""
+    shell = sys.modules["IPython"].get_ipython()
+
+    def show(shell, kind, error, trace, **_):
+        frames = [frame.f_globals for frame, _ in traceback.walk_tb(trace)]
+        if not any(frame is page for frame in frames):
+            shell.showtraceback((kind, error, trace))
+        elif kind is Problem:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            again = [word for word in words if word != "--resume"] + ["--resume"]
+            print(f"interrupted, finished epochs are kept; go on with: main({again})",
+                  file=sys.stderr)
+    shell.set_custom_exc((Problem, KeyboardInterrupt), show)
 
 
 def apart(folder, data):
