@@ -1644,6 +1644,8 @@ def check_features(*features):
 # ========================================================================== E logs and checkpoints
 
 FORMAT = 4  # of last.pt; files of another format are refused
+RESERVED = {"path", "arrays", "clashing", "format", "parts", "pooling", "epoch", "scores", "images",
+            "files", "lines", "seconds"}  # what last.pt holds besides flags and kept values
 LOCKS = {}  # path -> open log of this process
 
 
@@ -1785,14 +1787,15 @@ class Log:
         """--resume: load the checkpoint's state into `parts`: modules, optimisers and generators.
 
         train: the Split that is trained on. -> dict of the rest: epoch, the number of finished
-        epochs, and what epoch() was told to keep; {} in a new run. Tensors come back as arrays.
-        Raises Problem if a part or the names of the images do not fit.
+        epochs, and what epoch() was told to keep, arrays as arrays; {} in a new run. Raises Problem
+        if a part or the names of the images do not fit.
         """
         self.files = names_of(train)
         state, self.state = self.state, None
         if not state:
             return {}
         self._check_files(train, state)
+        state.update(state.pop("clashing"))
         try:
             for name, part in parts.items():
                 load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
@@ -1800,7 +1803,7 @@ class Log:
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise Problem(f"{self.folder} cannot be resumed: its last.pt holds no fitting {name} "
                           "(choose another --out)") from error
-        return {key: value.numpy() if torch.is_tensor(value) else value
+        return {key: value.numpy() if key in state["arrays"] else value
                 for key, value in state.items()}
 
     def steps(self, batches, title, iters):
@@ -1838,6 +1841,10 @@ class Log:
                       if value not in (None, {}))
         self.lines.append(json.dumps(dict(record, seconds=round(seconds, 2))) + "\n")
         if keep:
+            taken = RESERVED.intersection(keep)
+            if taken:
+                raise Problem(f"keep={', '.join(taken)}: last.pt holds something else of that name "
+                              "(call it otherwise)")
             model = keep["model"]
             state = {name: value.get_state() if isinstance(value, torch.Generator) else
                      torch.from_numpy(value) if isinstance(value, np.ndarray) else
@@ -1846,9 +1853,12 @@ class Log:
             if not all(value.isfinite().all() for value in tensors_in(state)):
                 raise Problem(f"{title}: weights are not finite, training diverged (lower --lr; "
                               "the last good epoch is kept)")
+            clashing = {name: state.pop(name) for name in list(state)
+                        if name in self.args}  # named like a flag
             from_rank_0(
                 save_checkpoint, os.path.join(self.folder, "last.pt"), **self.args, **state,
-                format=FORMAT, parts=model.parts, pooling=model.pooling, epoch=epoch,
+                arrays=[name for name, value in keep.items() if isinstance(value, np.ndarray)],
+                clashing=clashing, format=FORMAT, parts=model.parts, pooling=model.pooling, epoch=epoch,
                 scores=scores or {}, images=len(keep["labels"]), files=self.files, lines=self.lines,
                 seconds=seconds)
         from_rank_0(self._write)
@@ -1970,7 +1980,7 @@ def load_run(path, *keys):
     """-> the dict of a run's last.pt. Raises Problem for any other file."""
     kinds = dict(format=int, model=dict, arch=str, parts=int, pooling=str, size=tuple, data=str,
                  root=str, epoch=int, epochs=int, scores=dict, lines=list, seconds=float,
-                 precision=str, images=int, files=str, code=dict)
+                 precision=str, images=int, files=str, code=dict, arrays=list, clashing=dict)
     state = load_checkpoint(path, (*kinds, *keys))
     if not (all(isinstance(state[key], kind) for key, kind in kinds.items())
             and state["format"] == FORMAT and state["arch"] in ARCHS
