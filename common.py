@@ -91,15 +91,16 @@ class Split(NamedTuple):
     camera_names: list = ()  # (V,) what files and folders call them
 
 
-def load(name, root="data", at_least=1, draw=True):
+def load(name, root="data", at_least=1, draw=True, few=False):
     """Read a data set -> train, query, gallery: a Split each, sorted by file name.
 
     name: a key of DATASETS, looked for below `root`, or a folder: one of TRIPLES, its training part
     alone, or own images (read_own). NAME:source and NAME:target read half of it (take_half). A file
     name starts with person and camera, 0002_c1...; person -1 is junk and dropped; person 0, a
     distractor in Market-1501, is a person like others and wrong for every other person's query.
-    Cameras are renumbered 0..V-1. draw: draw a missing toy set. Raises Problem if files cannot be
-    read or there are fewer than `at_least` training images.
+    Cameras are renumbered 0..V-1. draw: draw a missing toy set. few: only some people
+    (--quick). Raises Problem if files cannot be read or there are fewer than `at_least` training
+    images.
     """
     name, root = os.fspath(name), os.fspath(root)
     name, half = name.rsplit(":", 1) if name.endswith((":source", ":target")) else (name, None)
@@ -108,6 +109,7 @@ def load(name, root="data", at_least=1, draw=True):
     if half:
         name, rows = f"{name}:{half}", take_half(rows, half)
     check_rows(name, folder, rows, at_least)
+    rows = take_few(rows) if few else rows
     cameras = sorted({camera for split in rows for _, _, camera in split})
     splits = []
     for split in rows:
@@ -156,7 +158,7 @@ def read_images(split, height, width):
 def read_data(args, device):
     """Read the data set of --data, --root and --size -> the training Split, its images, on the GPU
     if they fit, and the test set: query, gallery and the images of both."""
-    train, query, gallery = load(args.data, args.root, args.batch_size)
+    train, query, gallery = load(args.data, args.root, args.batch_size, True, args.quick)
     if args.true_ids and train.pids.min() < 0:
         raise Problem(f"--true-ids: the ids of {args.data} are not known (leave it out)")
     if args.centre:
@@ -683,7 +685,8 @@ def warm_up(model, images, cams, generator, epochs=4, batch_size=96, lr=1e-3, te
     device = next(model.parameters()).device
     cams = torch.from_numpy(cams).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=model.precision == "fp16")
+    fp16 = getattr(model, "precision", "fp32") == "fp16"  # any network may be warmed up
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     model.train()
     for epoch in range(epochs):
         order = torch.randperm(len(images), generator=generator)
@@ -1166,6 +1169,18 @@ def take_half(rows, half):
     return [[row for row in split if row[2] in cameras] for split in (train, *rows[1:])]
 
 
+def take_few(rows, people=12, images=200):
+    """-> some of a data set: the first people of training and of the test, with all of their images
+    (no distractors); without ids, the first training images."""
+    train, query, gallery = rows
+    if any(person is None for _, person, _ in train):
+        return [train[:images], query, gallery]
+    trained = sorted({person for _, person, _ in train})[:people]
+    tested = sorted({person for _, person, _ in query})[:people]
+    return [[row for row in split if row[1] in chosen]
+            for split, chosen in ((train, trained), (query, tested), (gallery, tested))]
+
+
 def check_rows(name, folder, rows, at_least):
     """Warn if counts differ from the published ones; raise Problem for unusable splits."""
     _, counts = DATASETS.get(name, ([], ()))
@@ -1309,6 +1324,9 @@ NO_NUMBER = {"out", "first_stage", "code", "root", "device", "eval_every", "resu
              "recompute"}  # flags and notes that do not change the results
 ON_A_CPU = ("--arch resnet18-layer3 --size 128 64 --epochs 40 --iters 200 --batch-size 64 "
             "--num-instances 4 --bn-splits 1 --lr-drop 0 --eps .5 --precision bf16 --centre")
+QUICK = dict(  # defaults of --quick
+    epochs=2, iters=3, batch_size=16, num_instances=4, bn_splits=1, eval_every=2, warm_up=1,
+    source_epochs=1, source_iters=3, nets=1, k1=10, eps=.6)
 SCHEDULE = dict(
     epochs=(int, 1, "epochs, each with a new clustering"), iters=(int, 1, "batches per epoch"),
     batch_size=(int, 2, "B = P x K images"), num_instances=(int, 1, "K, images per cluster"),
@@ -1368,6 +1386,8 @@ def add_run_flags(parser, warm_up=True):
         "defaults of other flags; NAME:source, NAME:target: half of it (%(default)s)")
     add("--root", default="data", help="where data sets are (%(default)s)")
     add("--out", help="folder of the run (runs/, named after the flags that are not defaults)")
+    add("--quick", action="store_true", help="try every step on a few people, in seconds: checks "
+        "an edit or a data set; the scores mean nothing")
     add("--resume", action="store_true", help="continue after the last finished epoch in OUT, "
         "if there is one; if you name --out, --epochs may grow")
     add("--on-collapse", choices=("stop", "skip"), default="stop", help="with too few clusters: "
@@ -1397,10 +1417,14 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
     early = Parser("", add_help=False)
     early.add_argument("--data", default="toy")
     early.add_argument("--weights")
+    early.add_argument("--quick", action="store_true")
     words = [str(word) for word in (COMMAND_LINE if argv is None else argv)]
     early, _ = early.parse_known_args(argv)
     other = settings["toy" if early.weights == "none" else "market1501"]
     parser.set_defaults(**settings.get(early.data.rsplit(":", 1)[0], other))
+    if early.quick:
+        parser.set_defaults(**{name: value for name, value in QUICK.items()
+                               if parser.get_default(name) is not None})
     args, defaults = parser.parse_args(argv), parser.parse_args(["--data", early.data])
     if not (early.data.rsplit(":", 1)[0] in settings):  # --weights none chose other settings
         defaults.weights = settings["market1501"]["weights"]
@@ -1772,7 +1796,7 @@ class Log:
         """Raises Problem if the data set of a finished run has other images now. If it is not there
         any more, the run is shown all the same."""
         try:
-            train, *_ = load(self.args[flag], self.args["root"])
+            train, *_ = load(self.args[flag], self.args["root"], 1, True, self.args["quick"])
         except Problem:
             return
         self._check_files(train, state)
@@ -1858,7 +1882,8 @@ class Log:
             from_rank_0(
                 save_checkpoint, os.path.join(self.folder, "last.pt"), **self.args, **state,
                 arrays=[name for name, value in keep.items() if isinstance(value, np.ndarray)],
-                clashing=clashing, format=FORMAT, parts=model.parts, pooling=model.pooling, epoch=epoch,
+                clashing=clashing, format=FORMAT, parts=model.parts, pooling=model.pooling,
+                epoch=epoch,
                 scores=scores or {}, images=len(keep["labels"]), files=self.files, lines=self.lines,
                 seconds=seconds)
         from_rank_0(self._write)

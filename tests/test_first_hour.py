@@ -75,6 +75,18 @@ def test_an_edited_page_is_a_new_run_and_an_unchanged_one_repeats_its_score(copy
     assert len({tuple(sorted(head.items())) for head in heads}) == 3
 
 
+def test_what_a_page_keeps_of_each_image_survives_a_resume(copy, tmp_path):
+    """The README's two lines, in a page."""
+    old = '    labels = resumed.get("labels")\n'
+    edit(tmp_path / "ccsd.py", old, old
+         + '    score = resumed.get("score", np.zeros(len(images)))\n')
+    edit(tmp_path / "ccsd.py", "keep=dict(state, labels=labels)",
+         "keep=dict(state, labels=labels, score=score + epoch + 1)")
+    copy("ccsd.py", "--out", "a")
+    copy("ccsd.py", "--out", "a", "--epochs", "2", "--resume")
+    assert (common.load_checkpoint(str(tmp_path / "a" / "last.pt"))["score"] == 1 + 2).all()
+
+
 NOTEBOOK = """
 import importlib, re, sys
 import ccsd
