@@ -3,7 +3,7 @@
   python eval.py runs/ccsd-toy-s0                          on the data set of the run
   python eval.py runs/ccsd-toy-s0 --data toy-source        on any other
   python eval.py runs/ccsd-market1501-s0 --rerank --json   k-reciprocal re-ranking; one line of JSON
-  python eval.py runs/ccsd-toy-s0 --report                 writes runs/ccsd-toy-s0/report.html
+  python eval.py runs/ccsd-toy-s0 --report                 an epoch in pictures, curves, rankings
   python eval.py runs/a runs/b --report ab.html            curves of several runs in one plot
   python eval.py runs/ccsd-toy-s0 --pairs A.jpg B.jpg      similarity of two images
   python eval.py runs/ccsd-toy-s0 --save-features F.npz    features, paths, pids, cams, split

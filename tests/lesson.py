@@ -601,6 +601,17 @@ def candidates_of(e, i, order, p, q, groups, wanted, features):
     return shown
 
 
+def ccsd_candidates(e, features, i, w):
+    """-> the two sides of image i for the camera w, as draw_sides() takes them, and their KL."""
+    groups, (_, _, table) = groups_of(e)
+    table, v = table.cpu().numpy(), e.train.cams[i]
+    p, q, kl = ccsd_look(e, features, i, w)
+    return [(title, candidates_of(e, i, top(values), p, q, groups, column.__getitem__, features),
+             PARTS[0]) for title, values, column in (
+        (f"Teacher p: clusters in camera {v + 1}, its own", p, table[:, v]),
+        (f"Student q: the same clusters in camera {w + 1}", q, table[:, w]))], kl
+
+
 def top(values, n=5):
     """The indices of the n greatest of the values that are above 0, greatest first."""
     order = np.argsort(-values, kind="stable")[:n]
@@ -647,20 +658,22 @@ LESSONS = {
            "wrong hard label.")}
 
 
+def both_epochs(run, images, before, others):
+    """-> the run's next epoch up to its labels, and features of the networks before training."""
+    args = argparse.Namespace(**run.state)
+    page = PAGES[next(name for name in args.code if name in PAGES)]
+    e = start_epoch(page, args, others[1] if page is sskd else [run.model], images, run.train)
+    find_labels(e, args.labels.numpy())
+    return e, start_epoch(page, args, before, images, run.train) if before else None
+
+
 def chapter(run, images, first, others):
     """-> HTML. run: as eval.py opens it; images: its training images; first: networks before
     training, or None and why; others: MSKD's teacher; SSKD's networks and slow copies."""
-    args = argparse.Namespace(**run.state)
-    page = PAGES[next(name for name in args.code if name in PAGES)]
     before, why = first
-    slow = others[1] if page is sskd else [run.model]
-    e = start_epoch(page, args, slow, images, run.train)
-    find_labels(e, args.labels.numpy())
-    e0 = start_epoch(page, args, before, images, run.train) if before else None
-    if e0:
-        e0.labels, e0.person, e0.known = e.labels, e.person, e.known
-    generator = torch.Generator()
-    generator.set_state(args.generator)
+    e, e0 = both_epochs(run, images, before, others)
+    page, generator = e.page, torch.Generator()
+    generator.set_state(e.args.generator)
     model_of_batch = others if page is sskd else others and others[0]
     figures = [draw_features(e, e0 and e0.features)]
     figures += [draw_views(e)] if page is mskd else []
@@ -676,22 +689,12 @@ def chapter(run, images, first, others):
 
 def teach(e, e0, others, before):
     """The lesson of the page."""
-    cams, looks, c0 = e.train.cams, [], None
+    looks, c0 = [], None
     both = [("Before training began", e0), ("Now", e)] if e0 else [("Now", e)]
     if e.page is ccsd:
-        groups, (_, _, table) = groups_of(e)
-        table = table.cpu().numpy()
-
         def shown(state):
             def look(i, w):
-                p, q, kl = ccsd_look(e, state.features, i, int(w))
-                sides = []
-                for title, values, v in ((f"Teacher p: clusters in camera {cams[i] + 1}, its own",
-                                          p, cams[i]),
-                                         (f"Student q: the same clusters in camera {w + 1}", q, w)):
-                    sides.append((title, candidates_of(e, i, top(values), p, q, groups,
-                                                       lambda k: table[k, v], state.features),
-                                  PARTS[0]))
+                sides, kl = ccsd_candidates(e, state.features, i, int(w))
                 return draw_sides(e, sides) + f"<p>KL(p || q) = {kl:.3f}</p>"
             return look
         looks = [(when, shown(state)) for when, state in both]
