@@ -216,7 +216,7 @@ def main(argv=None):
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
                                  fused=device.type == "cuda")
     state = dict(generator=generator, model=model, optimizer=optimizer)
-    resumed = log.restore(len(images), **state)
+    resumed = log.restore(train, **state)
     labels = resumed.get("labels")
     if not resumed:  # a new run
         log.epoch("start", scores=common.test(model, test_set))
@@ -228,20 +228,22 @@ def main(argv=None):
         # ---- 1 features of the current network, without augmentation
         features = common.extract_features(model, images)                         # (N, D)
 
+        fallback = labels if args.on_collapse == "skip" else None
+
         # ---- 2 pseudo labels: dense groups of images that share neighbours
         centred = common.centre_cameras(features, cams) if args.centre else features  # W
         if args.true_ids:
             labels = common.renumber(train.pids)                                  # (N,)
         else:
             distance = common.jaccard_distance(centred, args.k1, max_distance=args.eps)
-            labels = common.dbscan(distance, args.eps, at_least=P,
-                                   instead=labels if args.on_collapse == "skip" else None)
+            labels = common.dbscan(distance, args.eps, at_least=P, instead=fallback)
         unrefined = common.label_quality(labels, train.pids)
 
         # ---- 3 camera-aware cluster refinement: --refine may change labels, then the final split
-        if args.refine == "reassign":
+        refined = labels is fallback  # those of the epoch before were
+        if args.refine == "reassign" and not refined:
             labels = common.from_rank_0(reassign, labels, cams, centred)
-        if args.refine == "recluster":
+        if args.refine == "recluster" and not refined:
             labels = recluster(labels, cams, distance, RECLUSTER_EPS * args.eps)
         groups, parent, camera, table = split_by_camera(labels, cams)
 

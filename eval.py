@@ -41,7 +41,7 @@ def rerank(query_features, gallery_features, k1=20, k2=6, lam=.3, block=256):
     by the largest of its row. Memory grows linearly with Q + G.
     """
     features = torch.cat([query_features, gallery_features])
-    common.check_finite(features)
+    common.check_features(features)
     smallest = features.new_ones(len(features))  # cosine of each image with the least similar one
     for start in range(0, len(features), block):  # a pair's cosine serves both of its images
         cosine = features[start:start + block] @ features[start:].T
@@ -262,6 +262,7 @@ def draw_run(run, features, images, device):
     """-> the report page of a run. features, images: of query and gallery; [] without ids."""
     test, labels = (run.query, run.gallery), run.state.get("labels")
     ours = run.trained_here and "classifier" not in run.state  # else: other images, or --source's
+    ours = ours and run.state["files"] == common.names_of(run.train)
     ours = ours and torch.is_tensor(labels) and labels.shape == (len(run.train.paths),)
     ours = ours and labels.max() >= 0
     labels = labels.numpy() if ours else None
@@ -278,7 +279,7 @@ def draw_run(run, features, images, device):
     if labels is not None:
         parts["Clusters"] = report.clusters(run.train, labels, known)
     if features:
-        pids, cams = (np.concatenate(both) for both in zip(run.query[1:], run.gallery[1:]))
+        pids, cams = (np.concatenate(both) for both in zip(run.query[1:3], run.gallery[1:3]))
         index = report.choose(np.where(pids > 0, pids, -1), cams)  # distractors have no id
         chosen = torch.cat(features)[index].cpu().numpy()
         parts["t-SNE"] = report.t_sne(chosen, pids[index], cams[index], "person")
@@ -397,7 +398,7 @@ def save_features(run, path):
         if split.paths:
             images = common.read_images(split, *run.state["size"])
             features = common.global_features(run.model, images).cpu().numpy()
-            kept.append((features, *split, [kind] * len(images)))
+            kept.append((features, *split[:3], [kind] * len(images)))
     names = ("features", "paths", "pids", "cams", "split")
     np.savez(file, **{name: np.concatenate(part) for name, part in zip(names, zip(*kept))})
     write(path, file.getvalue())
