@@ -262,11 +262,11 @@ def kind(e, a, b):
 def name(e, i):
     """Image i in words."""
     cluster = f"cluster {e.labels[i]}" if e.labels[i] >= 0 else "no cluster"
-    return f"person {e.train.pids[i]}, " * e.known + f"camera {e.train.cams[i] + 1}, {cluster}"
+    return f"person {e.train.pids[i]}, " * e.known + f"camera {camera(e, i)}, {cluster}"
 
 
 def camera(e, i):
-    return f"c{e.train.cams[i] + 1}"
+    return report.camera(e.train, e.train.cams[i])
 
 
 def draw_features(e, before):
@@ -293,7 +293,7 @@ def draw_features(e, before):
         for by, index, group in (("person", shown, who), ("camera", order, cams)):
             values = (features[index] @ features[index].T).cpu().numpy()
             groups = list(dict.fromkeys(group[index]))
-            names = [f"c{g + 1}" if by == "camera" else f"{what} {g}" for g in groups]
+            names = [report.camera(e.train, g) if by == "camera" else f"{what} {g}" for g in groups]
             label = f"Similarities {title}, sorted by {by if e.known or by == 'camera' else what}"
             charts.append(f"<div><h4>{label}</h4>" + report.matrix(
                 label, values, [(group[index] == g).sum() for g in groups], names) + "</div>")
@@ -443,7 +443,8 @@ def by_camera(e, images, words, person):
         row = images[e.train.cams[images] == v]
         shots = [(e.train.paths[i], words(i), ("right" if e.train.pids[i] == person else "wrong")
                   if e.known else "") for i in report.spread(row, 7)]
-        body += f"<h4>Camera {v + 1} (images: {len(row)})</h4>{report.strip(shots)}"
+        body += (f"<h4>Camera {report.camera(e.train, v)} (images: {len(row)})</h4>"
+                 + report.strip(shots))
     return body
 
 
@@ -604,12 +605,12 @@ def candidates_of(e, i, order, p, q, groups, wanted, features):
 def ccsd_candidates(e, features, i, w):
     """-> the two sides of image i for the camera w, as draw_sides() takes them, and their KL."""
     groups, (_, _, table) = groups_of(e)
-    table, v = table.cpu().numpy(), e.train.cams[i]
+    table, v, to = table.cpu().numpy(), e.train.cams[i], report.camera(e.train, w)
     p, q, kl = ccsd_look(e, features, i, w)
     return [(title, candidates_of(e, i, top(values), p, q, groups, column.__getitem__, features),
              PARTS[0]) for title, values, column in (
-        (f"Teacher p: clusters in camera {v + 1}, its own", p, table[:, v]),
-        (f"Student q: the same clusters in camera {w + 1}", q, table[:, w]))], kl
+        (f"Teacher p: clusters in camera {camera(e, i)}, its own", p, table[:, v]),
+        (f"Student q: the same clusters in camera {to}", q, table[:, w]))], kl
 
 
 def top(values, n=5):

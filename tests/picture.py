@@ -1,6 +1,6 @@
-"""Draw the README's pictures, from runs of the toy set: people under each camera, framed by cluster,
-as the first epoch found them and as the last; the lesson of CCSD's report for one image; the loss
-terms of runs.
+"""Draw the README's pictures, from runs of the toy set: people under each camera, framed by
+cluster, as the first epoch found them and as the last; the lesson of CCSD's report for one image;
+the loss terms of runs.
 
   python ccsd.py --epochs 1 --iters 1 && python ccsd.py && python mskd.py && python sskd.py
   P=tests/picture.py; R=runs/ccsd-toy-s0
@@ -36,8 +36,8 @@ def draw_panel(title, train, labels, people, cameras):
     draw, colour = ImageDraw.Draw(panel), {-1: "#999999"}
     draw.text((GAP, 4), title, "#222222", ImageFont.load_default(15))
     for column, camera in enumerate(cameras):
-        draw.text((GAP + column * (WIDTH + GAP), 25), f"camera {camera + 1}", "#555555",
-                  ImageFont.load_default(10))
+        write(draw, GAP + column * (WIDTH + GAP), 25, f"camera {train.camera_names[camera]}", 10,
+              "#555555")
     for row, person in enumerate(people):
         for column, camera in enumerate(cameras):
             image = np.flatnonzero((train.pids == person) & (train.cams == camera))[0]
@@ -86,8 +86,8 @@ def draw_candidates(whole, x, y, e, title, candidates):
         draw.rectangle((left - 4, top - 4, left + WIDTH + 3, top + HEIGHT + 3),
                        COLOURS[0] if right else COLOURS[5])
         whole.paste(Image.open(e.train.paths[image]).resize((WIDTH, HEIGHT)), (left, top))
-        write(draw, left - 4, top + HEIGHT + 6, ("right, " if right else "wrong, ") + words.split()[1],
-              11)
+        what = "right, " if right else "wrong, "
+        write(draw, left - 4, top + HEIGHT + 6, what + words.split()[1], 11)
         for name, value, colour, at in (("p", p, "#80c0b0", 22), ("q", q, "#e0b0c8", 38)):
             row = top + HEIGHT + at
             draw.rectangle((left - 4, row, left - 4 + round(64 * value), row + 13), colour)
@@ -112,7 +112,7 @@ def the_lesson(path_of_run, path):
     draw = ImageDraw.Draw(whole)
     write(draw, 4, 2, "The image", 15)
     whole.paste(Image.open(e.train.paths[i]).resize((2 * WIDTH, 2 * HEIGHT)), (4, 52))
-    for n, line in enumerate((f"camera {e.train.cams[i] + 1}", f"cluster {e.labels[i]}")):
+    for n, line in enumerate((f"camera {lesson.camera(e, i)}", f"cluster {e.labels[i]}")):
         write(draw, 4, 234 + 15 * n, line)
     for x, when, state in ((120, "Before training began", e0), (520, "Now", e)):
         write(draw, x, 2, when, 15)
