@@ -24,7 +24,6 @@ import csv
 import difflib
 import errno
 import functools
-import glob
 import hashlib
 import io
 import json
@@ -297,7 +296,7 @@ class Encoder(nn.Module):
         super().__init__()
         if arch == "small" and weights != "none":
             raise Problem("--arch small has no ImageNet weights (say --weights none)")
-        self.bf16 = self.recompute = False  # set by on()
+        self.precision, self.recompute = "fp32", False  # set by on()
         self.backbone = small_backbone() if arch == "small" else resnet_backbone(arch, weights)
         self.width = {"small": 256, "resnet18-layer3": 256, "resnet50": 2048}.get(arch, 512)
         self.parts, self.pooling = parts, pooling
@@ -311,14 +310,14 @@ class Encoder(nn.Module):
             self.to(memory_format=torch.channels_last)
 
     def on(self, device, args):
-        """-> self on the device, set as --bf16, --fp32 and --recompute say (appendix B)."""
-        self.bf16 = args.bf16 or (device.type == "cuda" and not args.fp32)
-        self.recompute = args.recompute
+        """-> self on the device, set as --precision and --recompute say (appendix B)."""
+        self.precision, self.recompute = args.precision, args.recompute
         return self.to(device)
 
     def forward(self, images, inside=False):
         """inside=True: return the outputs of pooling and of the neck instead of unit features."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+        half = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        with torch.autocast(images.device.type, half, enabled=self.precision != "fp32"):
             last = recomputed(self.backbone, images) if self.recompute else self.backbone(images)
         last = last.float()                                                       # (B, D, h, w)
         if self.parts and last.shape[2] % self.parts:
@@ -679,6 +678,7 @@ def warm_up(model, images, cams, generator, epochs=4, batch_size=96, lr=1e-3, te
     device = next(model.parameters()).device
     cams = torch.from_numpy(cams).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=model.precision == "fp16")
     model.train()
     for epoch in range(epochs):
         order = torch.randperm(len(images), generator=generator)
@@ -694,9 +694,10 @@ def warm_up(model, images, cams, generator, epochs=4, batch_size=96, lr=1e-3, te
                 logits.masked_fill_(camera[:, None] != camera, -math.inf)
                 loss = loss + F.cross_entropy(logits.fill_diagonal_(-math.inf), twin)
             optimizer.zero_grad()
-            loss.backward()
+            scaler.scale(loss).backward()
             average_gradients(optimizer)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
 
 
 def camera_means(features, cams):
@@ -729,6 +730,22 @@ def centre_cameras(features, cams):
 
 # ========================================================================================= B speed
 # The same results, sooner or in less memory.
+
+
+def precision(device, wanted):
+    """--precision -> the one to use on a device: fp32, bf16 or fp16. auto: the fastest that a CUDA
+    card computes, bf16 from compute capability 8.0 on (Ampere), fp16 from 7.0 on (it has matrix
+    cores for it), fp32 on older cards and elsewhere. Where bf16 would be emulated, which is slower
+    than fp32, auto decides instead, with a note."""
+    best, lacks = "fp32", device.type == "cpu" and cpu_has_bfloat16() is False
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        best = "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
+        lacks = best != "bf16"  # torch does not complain: it loops over the images of a batch
+    if wanted == "bf16" and lacks:
+        kind = "GPU" if device.type == "cuda" else "CPU"
+        say(f"note: this {kind} has no bfloat16, so --precision is {best}", sys.stderr)
+    return best if wanted == "auto" or wanted == "bf16" and lacks else wanted
 
 
 def place(images, device):
@@ -1281,10 +1298,11 @@ def fill(module, state, what, unused=()):
 
 COMMAND_LINE = []  # filled by run()
 DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("fp32", "bf16", "fp16")
 NO_NUMBER = {"out", "first_stage", "code", "root", "device", "eval_every", "resume", "on_collapse",
              "recompute"}  # flags and notes that do not change the results
 ON_A_CPU = ("--arch resnet18-layer3 --size 128 64 --epochs 40 --iters 200 --batch-size 64 "
-            "--num-instances 4 --bn-splits 1 --lr-drop 0 --eps .5 --bf16 --centre")
+            "--num-instances 4 --bn-splits 1 --lr-drop 0 --eps .5 --precision bf16 --centre")
 SCHEDULE = dict(
     epochs=(int, 1, "epochs, each with a new clustering"), iters=(int, 1, "batches per epoch"),
     batch_size=(int, 2, "B = P x K images"), num_instances=(int, 1, "K, images per cluster"),
@@ -1357,8 +1375,8 @@ def add_run_flags(parser, warm_up=True):
             "first clustering, with --weights none only (%(default)s)")
     add("--size", type=number(int, 32, 2048), nargs=2, metavar=("H", "W"), help="image size (toy "
         "set 96 48, published 256 128)")
-    add("--fp32", action="store_true", help="no bfloat16 on CUDA, where it is the default")
-    add("--bf16", action="store_true", help="bfloat16 elsewhere, if the CPU has it: faster")
+    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="of the convolutions; "
+        "auto: as the run in OUT began, or what suits the GPU; fp32 on a CPU (%(default)s)")
     add("--recompute", action="store_true", help="less memory, a third more time")
     add("--centre", action="store_true", help="subtract each camera's mean feature before "
         "clustering, which no paper does (always on with --weights none)")
@@ -1387,31 +1405,28 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
     if args.bn_splits % RANKS:
         raise Problem(f"--bn-splits {args.bn_splits} is no multiple of the {RANKS} processes of "
                       "torchrun (change one of them)")
-    if args.fp32 and args.bf16:
-        raise Problem("--fp32 and --bf16 exclude each other (leave one out)")
-    on_cpu = args.device == "cpu" or not torch.cuda.is_available()
-    if args.bf16 and on_cpu and cpu_has_bfloat16() is False:
-        say("note: this CPU has no bfloat16, so --bf16 is left out", sys.stderr)
-        args.bf16 = False
     args.size, args.code = tuple(args.size), {
         name: hashlib.sha256(read_text(os.path.join(HERE, name)).encode()).hexdigest()[:12]
         for name in (f"{method}.py", "common.py")}
     first, out = (run_folder(method, args, defaults, but) for but in (not_in_first_stage, ()))
     if not args.out:
+        first, out = (apart(folder, args.data) for folder in (first, out))
         going_on = args.resume and not has_finished(out)
         folders = [unedited(folder, args.code, going_on) for folder in (first, out)]
         for note in sorted({note for _, note in folders if note}):
             say(note, sys.stderr)
         first, out = (folder for folder, _ in folders)
     args.first_stage, args.out = args.out or first, args.out or out
+    if args.precision == "auto":  # a run goes on, and its stages are trained, in one precision
+        args.precision = next((match[1] for folder in (args.out, args.first_stage)
+                               for match in in_logs(folder, r'"precision": "(\w+)"')), "auto")
     args.centre = args.centre or args.weights == "none"
     return args
 
 
 def run_folder(method, args, defaults, ignored=()):
     """-> runs/METHOD-DATA-sSEED and every flag that differs from its default and is not ignored."""
-    data = os.path.normpath(args.data).strip(os.sep + ".")  # the whole path: a/images, b/images
-    name = f"{method}-{data}-s{args.seed}"
+    name = f"{method}-{os.path.basename(os.path.normpath(args.data))}-s{args.seed}"
     ignored = NO_NUMBER.union(ignored, ("data", "seed", "stage"))
     for flag, value in vars(args).items():
         if flag not in ignored and value != getattr(defaults, flag):
@@ -1432,17 +1447,35 @@ def has_finished(folder):
     return bool(done and planned) and done[-1] == planned[1]
 
 
+def apart(folder, data):
+    """-> the folder or, if it holds a run on another --data that ends alike, one beside it."""
+    found = in_logs(folder, r'"data": ("(?:[^"\\]|\\.)*")')
+    taken = found and json.loads(found[0][1]) != data
+    return f"{folder}-{hashlib.sha256(data.encode()).hexdigest()[:6]}" if taken else folder
+
+
+def in_logs(folder, pattern):
+    """-> what matches the pattern first in the log of a run and in those of its stages."""
+    logs = [os.path.join(folder, part, "log.jsonl") for part in ("", "teacher", "source/1")]
+    found = [re.search(pattern, read_text(log)) for log in logs if os.path.exists(log)]
+    return [match for match in found if match]
+
+
 def unedited(folder, code, going_on):
     """-> the folder and "" or, if it holds a run of other source code than `code`: another folder
     and a note. A run that goes on stays where it is; Log warns."""
-    logs = glob.glob(os.path.join(glob.escape(folder), "**", "log.jsonl"), recursive=True)
-    found = [re.search(r'"code": (\{[^}]*\})', read_text(log)) for log in logs]
-    edited = [file for file, mark in code.items()
-              if any(match and mark not in match[1] for match in found)]
+    found = in_logs(folder, r'"code": (\{[^}]*\})')
+    edited = [file for file, mark in code.items() if any(mark not in match[1] for match in found)]
     other = f"{folder}-{''.join(mark[:3] for mark in code.values())}"
     if not edited or going_on and not os.path.isdir(other):
         return folder, ""
     return other, f"{' and '.join(edited)} edited since the run in {folder}: this one is in {other}"
+
+
+OUT_OF_MEMORY = "(?i)" + "|".join((  # what torch says, and what its libraries say instead
+    "out of memory", "enough memory", "allocat", "bad_alloc", "alloc_failed",
+    "(cublas|cudnn|cusolver)_status_(not_initialized|internal_error)",
+    "unable to find (an engine|a valid cudnn algorithm)"))
 
 
 def run(main, resume="--resume"):
@@ -1462,9 +1495,12 @@ def run(main, resume="--resume"):
         message, code = "\ninterrupted" if not resume else (
             f"\ninterrupted, finished epochs are kept; go on with: {LAUNCH} {words}"), 130
     except (MemoryError, RuntimeError) as error:  # torch raises the latter
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
+        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
-        message, code = "out of memory (lower --batch-size or --size, or a smaller --arch)", 2
+        words = str(error).partition("\n")[0][:90]
+        message, code = "out of memory" + f", it seems: {words}" * bool(words) + (
+            " (lower --batch-size or --size, choose a smaller --arch, or keep less of a batch: "
+            "--recompute, with larger --bn-splits)" if resume else " (say --device cpu)"), 2
     finally:
         for log in LOCKS.values():
             log.close()
@@ -1489,7 +1525,26 @@ def pick_device(name):
     if not have[name]:
         raise Problem(f"--device {name}: this PyTorch sees none (say --device cpu, or install a "
                       "PyTorch built for it)")
-    return join_ranks(torch.device(name))
+    device = join_ranks(torch.device(name))
+    if device.type == "cuda":
+        check_kernels(device)
+    return device
+
+
+def check_kernels(device):
+    """Raises Problem for a GPU for which this PyTorch holds no kernels, its own (sm_75) or what the
+    driver translates (compute_75). Else is_available() is True, but the first operation fails."""
+    archs, capability = torch.cuda.get_arch_list(), torch.cuda.get_device_capability(device)
+    for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(archs)):
+        built = int(major), int(minor)
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return
+    if any(arch.startswith("sm_") for arch in archs):  # AMD's have other names
+        raise Problem(f"{torch.cuda.get_device_name(device)} has compute capability "
+                      f"{capability[0]}.{capability[1]}, but this PyTorch is built for "
+                      f"{', '.join(archs)} (say --device cpu, or install the build for it: older "
+                      "cards need that of CUDA 12.6, pip install torch torchvision --index-url "
+                      "https://download.pytorch.org/whl/cu126)")
 
 
 def seed_everything(seed):
@@ -1572,7 +1627,8 @@ class Log:
             self.start, self.lines = self.start - state["seconds"], state["lines"]
             from_rank_0(self._write)
             if state["epoch"] == self.total:
-                self._check_data("source" if epochs == "source_epochs" else "data", state)
+                if "code" not in free:
+                    self._check_data("source" if epochs == "source_epochs" else "data", state)
                 self.finished = state
                 say(f"{folder}: finished before on {state['images']:,} images, nothing to do"
                     + in_words(state["scores"]))
@@ -1642,7 +1698,7 @@ class Log:
         """Raises Problem if the data set of a finished run has other images now. If it is not there
         any more, the run is shown all the same."""
         try:
-            train, *_ = load(self.args[flag], self.args["root"], draw=False)
+            train, *_ = load(self.args[flag], self.args["root"])
         except Problem:
             return
         self._check_files(train, state)
@@ -1841,12 +1897,13 @@ def load_checkpoint(path, keys=()):
 def load_run(path, *keys):
     """-> the dict of a run's last.pt. Raises Problem for any other file."""
     kinds = dict(format=int, model=dict, arch=str, parts=int, pooling=str, size=tuple, data=str,
-                 root=str, epoch=int, epochs=int, scores=dict, lines=list, seconds=float, bf16=bool,
-                 fp32=bool, images=int, files=str, code=dict)
+                 root=str, epoch=int, epochs=int, scores=dict, lines=list, seconds=float,
+                 precision=str, images=int, files=str, code=dict)
     state = load_checkpoint(path, (*kinds, *keys))
     if not (all(isinstance(state[key], kind) for key, kind in kinds.items())
             and state["format"] == FORMAT and state["arch"] in ARCHS
             and state["parts"] in range(9) and state["pooling"] in ("gem", "avg")
+            and state["precision"] in PRECISIONS
             and all(type(line) is str for line in state["lines"]) and len(state["size"]) == 2
             and all(type(side) is int and 32 <= side <= 2048 for side in state["size"])):
         raise Problem(f"{path} was not written by these pages (choose another file, or --out)")

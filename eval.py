@@ -163,9 +163,11 @@ def load_data(run, args):
 
 
 def prepare(model, state, device):
-    """-> the network on the device, with the precision of the run, if the device has that."""
-    bf16 = state["bf16"] and not (device.type == "cpu" and common.cpu_has_bfloat16() is False)
-    return model.on(device, argparse.Namespace(bf16=bf16, fp32=state["fp32"], recompute=False))
+    """-> the network on the device, with the precision of the run, if the device has that; fp16
+    on a CPU is for tests, fp32 is faster there."""
+    wanted = "fp32" if device.type == "cpu" and state["precision"] == "fp16" else state["precision"]
+    flags = argparse.Namespace(precision=common.precision(device, wanted), recompute=False)
+    return model.on(device, flags)
 
 
 def first_stage(run, flag, name):
@@ -249,7 +251,8 @@ def about(run, scores):
     for name, fact in (
             ("Data", f"{run.data}, {len(run.train.paths):,} training images"),
             ("Network", f"{state['arch']}, images of {state['size'][0]} x {state['size'][1]}"),
-            ("Training", f"{run.stand}, {state['seconds']:,.0f} s on {header.get('device')}"),
+            ("Training", f"{run.stand}, {state['seconds']:,.0f} s on {header.get('device')} "
+             f"in {state['precision']}"),
             ("Versions", f"code {header.get('commit')}, torch {header.get('torch')}")):
         text += f"<p><b>{name}</b> {html.escape(fact)}</p>"
     flags = (f"<span>{html.escape(words)}</span> " for words in run.flags.values())

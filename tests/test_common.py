@@ -53,15 +53,16 @@ def test_recompute_is_the_same_to_the_bit_in_less_memory(arch):
     assert less < plain / 5
 
 
-def test_bf16_is_close_and_gives_float32():
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_half_precision_is_close_and_gives_float32(name):
     torch.manual_seed(0)
     model, images = common.Encoder("resnet18-layer3", "none").eval(), torch.randn(4, 3, 64, 32)
     exact = model(images)
-    model.on(torch.device("cpu"), argparse.Namespace(bf16=True, fp32=False, recompute=False))
+    model.on(torch.device("cpu"), argparse.Namespace(precision=name, recompute=False))
     rough = model(images)
     assert rough.dtype == torch.float32 and model.backbone[0].weight.dtype == torch.float32
     assert not torch.equal(rough, exact) and (rough * exact).sum(1).min() > .99
-    model.on(torch.device("cpu"), argparse.Namespace(bf16=False, fp32=False, recompute=True))
+    model.on(torch.device("cpu"), argparse.Namespace(precision="fp32", recompute=True))
     assert torch.equal(model(images), exact) and model.recompute
 
 
@@ -549,7 +550,7 @@ def test_load_encoder(tmp_path):
     assert torch.equal(again.eval()(x), model(x)) and state["data"] == "toy"
     for wrong in (dict(size="48"), dict(size=(8, 8)), dict(parts="2"), dict(parts=9),
                   dict(pooling="max"), dict(data=3), dict(arch="vgg"), dict(epoch="1"),
-                  dict(model=None), dict(model={1: 2}), dict(bf16="yes"), dict(lines="text"),
+                  dict(model=None), dict(model={1: 2}), dict(precision="half"), dict(lines="text"),
                   dict(lines=[1]), dict(scores=None), dict(images=None), dict(seconds=1),
                   dict(format=1)):
         checkpoint(path, **wrong)

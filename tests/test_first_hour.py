@@ -124,7 +124,7 @@ def test_a_teacher_serves_every_student_until_the_page_is_edited(copy, tmp_path)
     (ccsd, "--refine none --true-ids", "ccsd-toy-s0-refine-none-true-ids"),
     (ccsd, "--size 64 32 --epochs 2", "ccsd-toy-s0-epochs2-size-64x32"),
     (ccsd, "--resume --root x --device cpu --eval-every 2 --recompute", "ccsd-toy-s0"),
-    (ccsd, "--data some/where:source", "ccsd-some-where-source-s0"),
+    (ccsd, "--data some/where:source", "ccsd-where-source-s0"),
     (ccsd, "--data x --weights ../a/b.pth", "ccsd-x-s0-weights-..-a-b.pth"),
     (mskd, "--teacher runs/a/teacher --stage student", "mskd-toy-s0-teacher-runs-a-teacher"),
     (sskd, "--soft 0 --nets 1", "sskd-toy-s0-nets1-soft0")])
@@ -134,10 +134,17 @@ def test_a_folder_is_named_after_its_flags(page, words, name, tmp_path, monkeypa
     assert page.get_args([*words.split(), "--out", "a b"]).out == "a b"
 
 
-def test_own_folders_do_not_share_a_run_folder():
+def test_own_folders_do_not_share_a_run_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     flags = ["--data a/images", "--data b/images", "--data a/images --weights none",
              "--data a/images --weights x.pth", "--data a/images:source"]
-    assert len({ccsd.get_args(words.split()).out for words in flags}) == len(flags)
+    outs = []
+    for words in flags * 2:
+        args = ccsd.get_args(words.split())
+        outs.append(args.out)
+        common.Log(args.out, "cpu", args).file.close()
+        (tmp_path / args.out / "log.jsonl").write_text(common.header("cpu", vars(args)))
+    assert len(set(outs)) == len(flags) and outs[:5] == outs[5:]
 
 
 def test_long_names_of_folders_differ_to_the_last_flag():
