@@ -330,7 +330,8 @@ def draw_features(e, before):
     people += [k for k in found if k not in people][:3 - len(people)]
     each, rows, body = 2 if max(seen) < 7 else 1, [], ""
     for k in people:
-        some = [np.flatnonzero((who == k) & (cams == v))[:each] for v in np.unique(cams[who == k])]
+        mine = np.flatnonzero(who == k)
+        some = [mine[cams[mine] == v][:each] for v in np.unique(cams[mine])]
         rows += some
         shots = [(e.train.paths[i], camera(e, i)) for i in np.concatenate(some)]
         body += f"<h4>{what.capitalize()} {k}</h4>{report.strip(shots)}"
@@ -469,8 +470,9 @@ def draw_pair(e, i, j, distance, vectors):
     of = "the same person's " * e.known
     halves = f", with the halves {entry(e.distance, i, j):.3f}" * (e.page is mskd)
     shots = [this(e, i, "image, "), beside(e, i, j, "other, ")]
-    shots += [(e.train.paths[k], f"shared, {camera(e, k)}", "", f"<div>{100 * w:.1f} %</div>")
-              for k, w in zip(both[:8], weight)]
+    for k, w in zip(both[:8], weight):
+        share_of = f"<div>{100 * w:.1f} %</div>"
+        shots.append((e.train.paths[k], f"shared, {camera(e, k)}", "", share_of))
     return (f"<p>Its Jaccard distance to {of}nearest image of another camera is "
             f"{entry(distance, i, j):.3f}{halves}: they share {len(both)} neighbours, of weight "
             f"{weight.sum():.2f}. Images within eps of it: {linked}.</p>{report.strip(shots)}")
@@ -491,7 +493,8 @@ def draw_distances(e):
         if len(values):
             counts = np.histogram(values, edges)[0]
             label = f"{title}: {len(values):,} pairs"
-            lines.append((label, (edges[1:] + edges[:-1]) / 2, 100 * counts / len(values)))
+            middle = (edges[1:] + edges[:-1]) / 2
+            lines.append((label, middle, 100 * counts / len(values)))
             below.append(f"{share(values <= e.eps)} ({title})")
     n = len(e.labels)
     chart = report.line_chart(
@@ -510,7 +513,8 @@ def by_camera(e, images, words, person):
     body, cams = "", e.train.cams
     for v in np.unique(cams[images]):
         row = images[cams[images] == v]
-        shots = [(e.train.paths[i], words(i), kind(e, i, person)) for i in report.spread(row, 7)]
+        shots = [(e.train.paths[i], words(i), kind(e, i, person))
+                 for i in report.spread(row, 7)]
         title = f"Camera {report.camera(e.train, v)} (images: {len(row)})"
         body += f"<h4>{title}</h4>{report.strip(shots)}"
     return body
@@ -537,9 +541,11 @@ def draw_cluster(e):
         if e.labels[i] != new:
             return f"{text}, moved away"
         return text + ", moved in" * bool(e.found[i] != k)
-    order = report.spread(mine[np.argsort(cams[mine], kind="stable")], 12)
-    body = f"<p>Cluster {k}, as DBSCAN found it: {len(mine)} images.</p>" + report.strip([
-        (e.train.paths[i], f"{camera(e, i)}, {words(i)}", kind(e, i, person)) for i in order])
+    order = mine[np.argsort(cams[mine], kind="stable")]
+    shots = [(e.train.paths[i], f"{camera(e, i)}, {words(i)}", kind(e, i, person))
+             for i in report.spread(order, 12)]
+    body = f"<p>Cluster {k}, as DBSCAN found it: {len(mine)} images.</p>"
+    body += report.strip(shots)
     see = ", and its mean is what images are compared with"
     look = "what its wrong images share with the others" if e.known else "images that do not fit"
     if e.page is ccsd and e.args.refine != "none":
@@ -683,9 +689,10 @@ def ccsd_candidates(e, features, i, w):
     table, v = table.cpu().numpy(), e.train.cams[i]
     p, q, kl = ccsd_look(e, features, i, w)
     sides = []
+    own, other = camera(e, i), report.camera(e.train, w)
     for title, values, u in (
-            (f"Teacher p: clusters in camera {camera(e, i)}, its own", p, v),
-            (f"Student q: the same clusters in camera {report.camera(e.train, w)}", q, w)):
+            (f"Teacher p: clusters in camera {own}, its own", p, v),
+            (f"Student q: the same clusters in camera {other}", q, w)):
         some = candidates_of(e, i, values, p, q, groups, table[:, u], features)
         sides.append((title, some, WHOLE))
     return sides, kl
@@ -717,8 +724,9 @@ def mskd_lesson(e, e0, teacher):
             for v, (view, part) in enumerate(zip(VIEWS, PARTS)):
                 title = view + f": D = {D[v]:.3f}" * student
                 near = top((q if student else p)[v], 5 if v == 0 else 3)
-                sides.append((title, [(j, camera(e, j), kind(e, j, e.train.pids[i]), p[v][j],
-                                       q[v][j]) for j in near], part))
+                who = e.train.pids[i]
+                some = [(j, camera(e, j), kind(e, j, who), p[v][j], q[v][j]) for j in near]
+                sides.append((title, some, part))
             return draw_sides(e, sides, "tf", 2)
         return look
     looks = [("The teacher, t", shown(e, False))]
@@ -768,7 +776,8 @@ def draw_lesson(e, c, before, looks):
         shots = [this(e, i)] + [beside(e, i, j) for j in mates]
         body += (f"<h4>{title}: {name(e, i)}</h4><p>The image, and others of its cluster, the hard "
                  f"label:</p>{report.strip(shots)}")
-        body += report.grid([f"<div><h5>{when}</h5>{look(i, w)}</div>" for when, look in looks])
+        columns = [f"<div><h5>{when}</h5>{look(i, w)}</div>" for when, look in looks]
+        body += report.grid(columns)
     see, look = LESSONS[e.page]
     return figure(LESSON.format(STEPS[e.page]),
                   f'<div class="lesson">{body}{tally(e, c, before)}</div>',
