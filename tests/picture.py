@@ -81,19 +81,19 @@ def draw_candidates(whole, x, y, e, title, candidates):
     """Five candidates from (x, y) on: picture, cluster, p and q as bars."""
     draw = ImageDraw.Draw(whole)
     write(draw, x, y, title, 13)
-    for n, (image, words, frame, p, q, note) in enumerate(candidates):
+    for n, (image, words, frame, p, q) in enumerate(candidates):
         left, top, right = x + 4 + n * 74, y + 26, frame == "right"
         draw.rectangle((left - 4, top - 4, left + WIDTH + 3, top + HEIGHT + 3),
                        COLOURS[0] if right else COLOURS[5])
         whole.paste(Image.open(e.train.paths[image]).resize((WIDTH, HEIGHT)), (left, top))
         what = "right, " if right else "wrong, "
-        write(draw, left - 4, top + HEIGHT + 6, what + words.split()[1], 11)
+        k, *label = words.removeprefix("cluster ").split(", ")
+        write(draw, left - 4, top + HEIGHT + 6, what + k, 11)
         for name, value, colour, at in (("p", p, "#80c0b0", 22), ("q", q, "#e0b0c8", 38)):
             row = top + HEIGHT + at
             draw.rectangle((left - 4, row, left - 4 + round(64 * value), row + 13), colour)
             write(draw, left - 1, row, f"{name} {100 * value:.0f} %", 11)
-        if note:
-            write(draw, left - 4, top + HEIGHT + 53, "its label", 11)
+        write(draw, left - 4, top + HEIGHT + 53, "".join(label), 11)
 
 
 def the_lesson(path_of_run, path):
@@ -104,7 +104,7 @@ def the_lesson(path_of_run, path):
     images = common.read_images(run.train, *run.state["size"])
     network, _ = scoring.initial_network(run)
     e, e0 = lesson.both_epochs(run, images, [network.eval()], [])
-    c = lesson.judge(e, lesson.ccsd_choices(e, e.features))
+    c = lesson.ccsd_choices(e, e.features)
     rows = [row for title, row in lesson.cases(e, c)[0] if "the teacher is right" in title]
     row = max(rows, key=lambda row: images[c.image[row]].float().mean())  # the brightest
     i, w = c.image[row], int(c.other[row])

@@ -44,7 +44,8 @@ svg {display: block; max-width: 540px; fill: var(--ink); font: 12px system-ui, s
 font-size: 1em}
 .lesson .grid {gap: 8px 16px;
 grid-template-columns: repeat(auto-fit, minmax(min(100%, 334px), 1fr))}
-.lesson .strip > div {width: 62px; font-size: 11px} .lesson .strip img {width: 62px; height: 116px;
+.lesson .strip > div {display: flex; flex-direction: column; width: 62px; font-size: 11px}
+.lesson img + .bar {margin-top: auto} .lesson .strip img {width: 62px; height: 116px;
 border-width: 3px} .half .strip img, .lesson .half .strip img {height: 64px}
 .batch {gap: 10px 18px} .batch div {max-width: 100%; font: 13px/1.25 system-ui, sans-serif}
 .batch img {display: block; width: auto; max-width: 100%; height: auto; border: 0}
@@ -58,11 +59,12 @@ border: 4px solid var(--rule)} .query img, .this img {border-color: var(--ink)}
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
 
-def figure(title, body, see, look):
-    """A figure and its two sentences: what one sees, what to look for. All of it is HTML."""
+def figure(title, body, see, look, above=False):
+    """A figure and its two sentences, below or above it: what one sees, what to look for. All of it
+    is HTML."""
     title = f"<h3>{title}</h3>" * bool(title)
-    return (f"<figure>{title}{body}<figcaption><p>{see}</p><p><b>Look for</b> {look}</p>"
-            "</figcaption></figure>")
+    caption = f"<figcaption><p>{see}</p><p><b>Look for</b> {look}</p></figcaption>"
+    return f"<figure>{title}{caption + body if above else body + caption}</figure>"
 
 
 def grid(figures):
@@ -188,8 +190,8 @@ def bar(name, share, style, decimals=None):
 
 
 def matrix(label, values, sizes, names):
-    """Values (n, n) from low, pale, to high, dark, in 9 steps; lines separate groups of rows of
-    these sizes, whose names stand above."""
+    """Values (n, n) from low, faint, to high, strong blue, in 9 steps; lines separate groups of
+    rows of these sizes, whose names stand above."""
     n = len(values)
     others = values[~np.eye(n, dtype=bool)]  # the diagonal says nothing
     low, high = others.min(), others.max()
@@ -209,7 +211,7 @@ def matrix(label, values, sizes, names):
     for end in (0, *ends):
         at = 20 + end * scale
         parts.append(f'<path class="axis" d="M{at:.1f} 20V350M20 {at:.1f}H350"/>')
-    parts.append(f'<text x="20" y="370">pale {low:.2f}, dark {high:.2f}</text>')
+    parts.append(f'<text x="20" y="370">faint {low:.2f}, strong {high:.2f}</text>')
     return svg(label, 376, parts)
 
 
