@@ -1,9 +1,12 @@
 """Every shared step against a slow, obvious second version, or a value worked out by hand."""
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -12,11 +15,12 @@ import slow
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import checkpoint, older, quantised, unit
-from scipy.sparse import csr_array
+from conftest import HERE, checkpoint, older, quantised, refusal, short, unit
+from scipy.sparse import csgraph, csr_array
 from torch import nn
 
 import common
+import mskd
 
 
 # ------------------------------------------------------------------------------------------ network
@@ -107,8 +111,34 @@ def test_encoder_parts_see_their_stripe_only():
     again = model(changed)
     assert not torch.equal(again[0], out[0]) and torch.equal(again[1], out[1])
     assert not torch.equal(again[2], out[2])
-    with pytest.raises(common.Problem, match="multiple of 32"):
-        model(torch.randn(3, 256, 3, 2))
+
+
+@pytest.mark.parametrize("size, parts, rows, remedy", [
+    (48, 2, 3, 32), (80, 2, 5, 32), (72, 2, 5, 32), (64, 3, 4, 48), (96, 2, 6, 0), (64, 4, 4, 0)])
+def test_stripes_of_a_map_are_equal_or_refused(size, parts, rows, remedy):
+    for arch in ("small", "resnet18"):
+        assert common.map_rows(arch, (size, 32)) == rows
+        model = common.Encoder(arch, "none", parts).eval()
+        says = f"--size {size}: .* {rows} rows.*{parts} equal.*multiple of {remedy}\\)"
+        with pytest.raises(common.Problem, match=says) if remedy else contextlib.nullcontext():
+            assert model(torch.randn(2, 3, size, 32)).shape[0] == 1 + parts
+        if remedy:  # and it is one
+            assert common.map_rows(arch, (remedy, 32)) % parts == 0
+
+
+def test_a_backbone_is_one_line_of_archs(tiny, tmp_path, monkeypatch, capsys):
+    """The README's, with a stride of 32: a map of 3 rows at a height of 96 has no halves."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        code = next(x for x in re.findall(r"```python\n(.*?)```", file.read(), re.S)
+                    if "mobilenet" in x)
+    exec(code, {**vars(common), "ARCHS": (archs := dict(common.ARCHS))})
+    monkeypatch.setattr(common, "ARCHS", archs)
+    words = short(tiny, tmp_path, "--arch", "mobilenet", "--epochs", "1", "--stage", "teacher")
+    line = refusal(lambda: mskd.main([*words, "--size", "96", "32"]), capsys)
+    assert "--size 96" in line and "3 rows" in line and "multiple of 64" in line
+    mskd.main([*words, "--size", "128", "32"])
+    model, state = common.load_encoder(str(tmp_path / "teacher"))
+    assert state["arch"] == "mobilenet" and model(torch.randn(2, 3, 128, 32)).shape == (3, 2, 960)
 
 
 def test_encoder_pooling_avg_and_what_is_inside():
@@ -342,6 +372,38 @@ def test_dbscan_keeps_explicit_zeros_and_counts_the_point_itself():
     with pytest.raises(common.Problem,
                        match="0 clusters and 6 outliers among 6 images at eps 0.5.*raise"):
         common.dbscan(zeros, .5, min_samples=3)
+
+
+def test_only_the_diagonal_is_at_0_so_that_graphs_keep_every_edge():
+    """SciPy takes a stored 0 for no edge. Here many images share all neighbours: distance 0."""
+    features = unit(400, 32, people=80, spread=.3)
+    assert (slow.jaccard_distance(features, 8) < 1e-9).sum() > 400
+    for distance in (common.jaccard_distance(features, 8),
+                     mskd.mixed_distance(torch.stack([features] * 3), 8, .15)):
+        coo = distance.tocoo()
+        own = coo.row == coo.col
+        assert own.sum() == 400 and (coo.data[own] == 0).all()
+        assert coo.data[~own].min() > .9 * common.DUPLICATE
+        assert csgraph.minimum_spanning_tree(distance).nnz == 399
+
+
+def test_the_clusterings_of_the_readme():
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        code = next(x for x in re.findall(r"```python\n(.*?)```", file.read(), re.S)
+                    if "HDBSCAN" in x)
+    code = re.sub("(?m)^labels = .*$", r"\g<0>; found.append(labels)", code)
+    people, found = np.arange(400) % 80, []
+    names = dict(distance=common.jaccard_distance(unit(400, 32, people=80, spread=.3), 8), np=np,
+                 found=found)
+    assert csgraph.minimum_spanning_tree(names["distance"]).nnz == 399  # else HDBSCAN never ends
+    exec(code, names)
+    *others, medoids = [sklearn.metrics.adjusted_rand_score(people, labels)
+                        for labels in (*found, names["labels"])]
+    assert others == [1] * 4 and medoids > .6                      # from random images: a local one
+    apart = common.jaccard_distance(unit(640, 32, people=80, spread=.3), 12)
+    assert csgraph.connected_components(apart)[0] == 2
+    with pytest.raises(ValueError, match="2 connected components"):
+        exec(code, dict(names, distance=apart))
 
 
 def test_dbscan_eps_on_an_atom():
