@@ -174,9 +174,10 @@ def main(argv=None):
 
 def train_stage(args, stage, out, teacher_folder=None):
     """Train one stage and write it to `out` -> the scores of its last evaluation."""
+    device = common.pick_device(args.device)
+    args.precision = common.precision(device, args.precision)
     args = copy.copy(args)
     args.stage = stage  # for the checkpoint
-    device = common.pick_device(args.device)
     log = common.Log(out, device, args, free=STUDENT_FLAGS if stage == "teacher" else ())
     if log.finished:
         return log.finished["scores"]
@@ -193,8 +194,9 @@ def train_stage(args, stage, out, teacher_folder=None):
                              "written for three views (edit them together)")
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
                                  fused=device.type == "cuda")
-    state = dict(generator=generator, model=model, optimizer=optimizer)
-    resumed = log.restore(len(images), **state)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    state = dict(generator=generator, model=model, optimizer=optimizer, scaler=scaler)
+    resumed = log.restore(train, **state)
     labels = resumed.get("labels")
     if not resumed:  # a new run
         log.epoch("start", scores=common.test(model, test_set))
@@ -210,14 +212,15 @@ def train_stage(args, stage, out, teacher_folder=None):
         network = teacher if first_round else model
         features = common.extract_features(network, images)                       # (3, N, D)
 
+        fallback = labels if args.on_collapse == "skip" else None
+
         # ---- 2 pseudo labels: dense groups of images that share neighbours, views averaged
         centred = common.centre_cameras(features, cams) if args.centre else features  # W
         if args.true_ids:
             labels = common.renumber(train.pids)                                  # (N,)
         else:
             distance = mixed_distance(centred, args.k1, args.l1)
-            labels = common.dbscan(distance, args.eps, at_least=P,
-                                   instead=labels if args.on_collapse == "skip" else None)
+            labels = common.dbscan(distance, args.eps, at_least=P, instead=fallback)
 
         # ---- 4 memories: what an image is compared with, from step 1 (not centred, like a batch's)
         memory = common.cluster_means(features, labels)                           # (3, C, D)
@@ -253,9 +256,10 @@ def train_stage(args, stage, out, teacher_folder=None):
             factor = .1 ** (turn // args.lr_drop) if args.lr_drop else cosine
             optimizer.param_groups[0]["lr"] = args.lr * factor
             optimizer.zero_grad()
-            loss.backward()
+            scaler.scale(loss).backward()
             common.average_gradients(optimizer)  # of several GPUs; does nothing on one
-            optimizer.step()
+            scaler.step(optimizer)  # in fp16, a step whose gradients overflow is skipped
+            scaler.update()
 
             # 5g momentum update of the memories, so that they keep up with the network
             if not first_round:

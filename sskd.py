@@ -175,7 +175,7 @@ def train_source(args, i, device, images):
     if args.sources and not os.path.exists(path):
         raise common.Problem(f"no source network in {folder} (" + "lower --nets, or " * (i > 1)
                              + "name an OUT/source)")
-    free = (*TARGET_FLAGS, "seed", "code") if args.sources else TARGET_FLAGS
+    free = (*TARGET_FLAGS, "seed", "code", "precision") if args.sources else TARGET_FLAGS
     log = common.Log(folder, device, args, "source_epochs", free)
     if log.finished:
         return path
@@ -190,8 +190,10 @@ def train_source(args, i, device, images):
     classifier = torch.nn.Linear(model.width, labels.max() + 1, bias=False).to(device)
     optimizer = torch.optim.Adam([*model.parameters(), *classifier.parameters()], args.lr,
                                  weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
-    state = dict(generator=generator, model=model, classifier=classifier, optimizer=optimizer)
-    resumed = log.restore(len(labels), **state)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    state = dict(generator=generator, model=model, classifier=classifier, optimizer=optimizer,
+                 scaler=scaler)
+    resumed = log.restore(source, **state)
     P, K = args.batch_size // args.num_instances, args.num_instances  # people, images of each
     model.train()
     for epoch in range(resumed.get("epoch", 0), args.source_epochs):
@@ -211,9 +213,10 @@ def train_source(args, i, device, images):
             loss = (F.cross_entropy(z, k, label_smoothing=SMOOTHING)
                     + multi_similarity_loss(pooled, k) + 2 * nuclear_norm_loss(z))  # [code]
             optimizer.zero_grad()
-            loss.backward()
+            scaler.scale(loss).backward()
             common.average_gradients(optimizer)  # of several GPUs; does nothing on one
-            optimizer.step()
+            scaler.step(optimizer)  # in fp16, a step whose gradients overflow is skipped
+            scaler.update()
             means.add(source=loss)
         losses = means.values(epoch + 1)
         log.epoch(title, losses=losses, epoch=epoch + 1, keep=dict(state, labels=labels))
@@ -223,6 +226,7 @@ def train_source(args, i, device, images):
 def main(argv=None):
     args = get_args(argv)
     device = common.pick_device(args.device)
+    args.precision = common.precision(device, args.precision)
     log = common.Log(args.out, device, args)
     if log.finished:
         return log.finished["scores"]
@@ -235,8 +239,9 @@ def main(argv=None):
     generator = common.seed_everything(args.seed)  # gives the same run with sources trained earlier
     students = torch.nn.ModuleList(common.load_encoder(path)[0].on(device, args) for path in paths)
     slow = copy.deepcopy(students).requires_grad_(False)  # students: M_1..M_n; slow: E_1..E_n
-    state = dict(generator=generator, students=students, slow=slow)
-    resumed = log.restore(len(images), **state)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    state = dict(generator=generator, students=students, slow=slow, scaler=scaler)
+    resumed = log.restore(train, **state)
     labels, radius = resumed.get("labels"), resumed.get("radius")
     if not resumed:  # a new run
         log.epoch("source only", scores=common.test(slow[0], test_set))
@@ -246,6 +251,8 @@ def main(argv=None):
         every = torch.stack([common.extract_features(net, images) for net in slow])  # (n, N, D)
         features = F.normalize(every.sum(0))                                      # (N, D)
 
+        fallback = labels if args.on_collapse == "skip" else None
+
         # ---- 2 pseudo labels: dense groups of images that share neighbours
         centred = common.centre_cameras(every, cams) if args.centre else every  # W
         centred = F.normalize(centred.sum(0))                                     # (N, D)
@@ -254,8 +261,7 @@ def main(argv=None):
         else:
             distance = common.jaccard_distance(centred, args.k1)
             radius = args.eps or (adaptive_eps(distance, args.rho) if epoch == 0 else radius)
-            labels = common.dbscan(distance, radius, at_least=P,
-                                   instead=labels if args.on_collapse == "skip" else None,
+            labels = common.dbscan(distance, radius, at_least=P, instead=fallback,
                                    flag="--eps" if args.eps else "--rho")
 
         # ---- 4 classifiers of every network and every copy: the clusters' unit means
@@ -303,13 +309,14 @@ def main(argv=None):
 
                 # 5f total loss of each network, then one step of all
                 loss = args.id * L_id + args.soft * L_soft + args.ms * L_ms + args.nuc * L_nuc
-                loss.backward()  # D2
+                scaler.scale(loss).backward()  # D2
                 means.add(id=L_id, soft=L_soft, ms=L_ms, nuc=L_nuc)
             cosine = .5 + .5 * math.cos(math.pi * (epoch + step / args.iters) / args.epochs)
             factor = .1 ** (epoch // args.lr_drop) if args.lr_drop else cosine
             optimizer.param_groups[0]["lr"] = args.lr * factor
             common.average_gradients(optimizer)  # of several GPUs; does nothing on one
-            optimizer.step()
+            scaler.step(optimizer)  # in fp16, a step whose gradients overflow is skipped
+            scaler.update()
 
             # 5g the slow copies follow, which averages out the noise of single steps
             alpha_t = min(1 - 1 / (epoch * args.iters + step + 1), args.alpha)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toy
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -87,7 +88,7 @@ def checkpoint(path, **values):
     model = common.Encoder("small", "none").state_dict()
     about = dict(model=model, arch="small", parts=0, pooling="gem", size=(96, 48), data="toy",
                  root="data", epoch=1, epochs=2, scores={}, lines=[], seconds=1., images=9,
-                 bf16=False, fp32=False, code={}, format=common.FORMAT)
+                 files="", precision="fp32", code={}, format=common.FORMAT)
     common.save_checkpoint(str(path), **{**about, **values})
 
 
@@ -128,6 +129,26 @@ def same_loss(fast, slow, x, atol=1e-9, rtol=1e-9):
     torch.testing.assert_close(*values, atol=atol, rtol=0, check_dtype=False)
     torch.testing.assert_close(ga, gb, atol=atol, rtol=rtol)
     assert ga.abs().sum() > 0
+
+
+def first_scale(monkeypatch, scale):
+    """From now on gradient scalers start with this scale -> list of them."""
+    made, kind = [], torch.amp.GradScaler
+
+    def scaler(device, enabled):
+        made.append(kind(device, init_scale=scale, enabled=enabled))
+        return made[-1]
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    return made
+
+
+@pytest.fixture
+def two_layers(monkeypatch):
+    """--arch small has two convolutions: CPUs are slow in fp16."""
+    def backbone():
+        return nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.BatchNorm2d(16), nn.ReLU(),
+                             nn.Conv2d(16, 256, 4, 4), nn.BatchNorm2d(256))
+    monkeypatch.setattr(common, "small_backbone", backbone)
 
 
 @pytest.fixture

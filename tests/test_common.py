@@ -57,15 +57,16 @@ def test_recompute_is_the_same_to_the_bit_in_less_memory(arch):
     assert less < plain / 5
 
 
-def test_bf16_is_close_and_gives_float32():
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_half_precision_is_close_and_gives_float32(name):
     torch.manual_seed(0)
     model, images = common.Encoder("resnet18-layer3", "none").eval(), torch.randn(4, 3, 64, 32)
     exact = model(images)
-    model.on(torch.device("cpu"), argparse.Namespace(bf16=True, fp32=False, recompute=False))
+    model.on(torch.device("cpu"), argparse.Namespace(precision=name, recompute=False))
     rough = model(images)
     assert rough.dtype == torch.float32 and model.backbone[0].weight.dtype == torch.float32
     assert not torch.equal(rough, exact) and (rough * exact).sum(1).min() > .99
-    model.on(torch.device("cpu"), argparse.Namespace(bf16=False, fp32=False, recompute=True))
+    model.on(torch.device("cpu"), argparse.Namespace(precision="fp32", recompute=True))
     assert torch.equal(model(images), exact) and model.recompute
 
 
@@ -259,11 +260,32 @@ def test_extract_features_is_eval_mode_and_restores_the_mode():
 
 
 def test_centre_cameras():
-    features, cams = unit(20), np.arange(20) % 3
+    features, cams = unit(40), np.array([0] * 20 + [1] * 15 + [2] * 4 + [3])
     out = common.centre_cameras(features, cams)
-    for i in range(20):
-        mean = features[[j for j in range(20) if cams[j] == cams[i]]].mean(0)
+    for i in range(40):
+        seen = [j for j in range(40) if cams[j] == cams[i] or cams[i] > 1]  # few images: all
+        mean = features[seen].mean(0)
         torch.testing.assert_close(out[i], F.normalize(features[i] - mean, dim=0))
+
+
+def test_cameras_of_one_image_do_not_become_one_cluster(capsys):
+    """Four people, a camera of one image each, beside a camera of many images of others."""
+    features, cams = unit(64), np.array([0] * 60 + [1, 2, 3, 4])
+    out = common.centre_cameras(features, cams)
+    assert (out.norm(dim=1) > .99).all()
+    labels = common.dbscan(common.jaccard_distance(out, 8), .6)
+    assert len(set(labels[60:])) == 4                              # unit() numbers people by % 8
+    common.warn_of_few(cams)
+    assert "4 of 5 cameras have fewer than 10 images" in capsys.readouterr().err
+
+
+def test_features_of_length_0_and_a_single_cluster_are_refused():
+    features = unit(20)
+    features[3] = 0
+    with pytest.raises(common.Problem, match="1 of 20 features are 0"):
+        common.jaccard_distance(features)
+    with pytest.raises(common.Problem, match="1 clusters .* needs 2 clusters"):
+        common.dbscan(common.jaccard_distance(unit(20, people=1, spread=.01)), .9, at_least=1)
 
 
 CASES = {
@@ -590,7 +612,7 @@ def test_load_encoder(tmp_path):
     assert torch.equal(again.eval()(x), model(x)) and state["data"] == "toy"
     for wrong in (dict(size="48"), dict(size=(8, 8)), dict(parts="2"), dict(parts=9),
                   dict(pooling="max"), dict(data=3), dict(arch="vgg"), dict(epoch="1"),
-                  dict(model=None), dict(model={1: 2}), dict(bf16="yes"), dict(lines="text"),
+                  dict(model=None), dict(model={1: 2}), dict(precision="half"), dict(lines="text"),
                   dict(lines=[1]), dict(scores=None), dict(images=None), dict(seconds=1),
                   dict(format=1)):
         checkpoint(path, **wrong)

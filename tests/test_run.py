@@ -45,7 +45,7 @@ def test_eval_repeats_the_last_score(finished, tiny, tmp_path):
     assert again.returncode == 0, again.stderr
     scores = json.loads(again.stdout)
     assert all(scores[key] == last[key] for key in ("mAP", "rank1", "rank5", "rank10", "queries"))
-    rough = ccsd.main(short(tiny, tmp_path, "--bf16", "--epochs", "1"))
+    rough = ccsd.main(short(tiny, tmp_path, "--precision", "bf16", "--epochs", "1"))
     again = scoring.main([str(tmp_path)])
     assert all(again[key] == rough[key] for key in rough)
     table = program("eval.py", out / "last.pt", "--data", tiny, "--rerank")
