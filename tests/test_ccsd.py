@@ -155,6 +155,7 @@ def test_distillation_loss(case):
             if divergences:
                 losses.append(sum(divergences) / len(divergences))
         return sum(losses) / len(losses)
+
     def distil(s):
         return ccsd.distillation_loss(s, group, parent, camera, table, TEMP)
     student = similar.clone().requires_grad_()

@@ -21,6 +21,7 @@ from torch import nn
 
 import common
 import mskd
+import sskd
 
 
 # ------------------------------------------------------------------------------------------ network
@@ -407,6 +408,22 @@ def test_only_the_diagonal_is_at_0_so_that_graphs_keep_every_edge():
         assert own.sum() == 400 and (coo.data[own] == 0).all()
         assert coo.data[~own].min() > .9 * common.DUPLICATE
         assert csgraph.minimum_spanning_tree(distance).nnz == 399
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_duplicates_change_no_label_and_no_radius(seed):
+    rng = np.random.default_rng(seed)
+    features = quantised(24, seed)[torch.from_numpy(rng.integers(0, 24, 90))]
+    k1 = int(rng.integers(4, 30))
+    distance, dense = common.jaccard_distance(features, k1), slow.jaccard_distance(features, k1)
+    for eps in (0, *rng.uniform(0, .9, 6)):
+        assert (common.dbscan(distance, eps, at_least=0) == slow.dbscan(dense, eps)).all()
+    upper = dense[np.triu_indices(90, 1)]
+    distinct = np.sort(upper[upper > 1e-9])
+    assert len(distinct) < len(upper)
+    for rho in (.01, .1, 1):
+        wanted = distinct[:max(1, round(rho * len(distinct)))].mean()
+        assert sskd.adaptive_eps(distance, rho) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_the_clusterings_of_the_readme():
