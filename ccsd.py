@@ -221,7 +221,7 @@ def main(argv=None):
     resumed = log.restore(train, **state)
     labels = resumed.get("labels")
     if not resumed:  # a new run
-        log.epoch("start", scores=common.test(model, test_set))
+        log.epoch("start", scores={} if args.quick else common.test(model, test_set))
         if from_scratch:  # W
             common.warm_up(model, images, cams, generator, args.warm_up)
             log.epoch("warmed up", scores=common.test(model, test_set))

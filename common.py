@@ -25,6 +25,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -32,12 +33,14 @@ import os
 import platform
 import random
 import re
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +70,9 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-progress = functools.partial(tqdm, leave=False, disable=None)  # a bar, only on a terminal
+NOTEBOOK = "ipykernel" in sys.modules
+progress = functools.partial(tqdm, leave=False, disable=False if NOTEBOOK else None)
+# a bar, only on a terminal or in a notebook
 
 
 class Problem(Exception):
@@ -86,15 +91,16 @@ class Split(NamedTuple):
     camera_names: list = ()  # (V,) what files and folders call them
 
 
-def load(name, root="data", at_least=1, draw=True):
+def load(name, root="data", at_least=1, draw=True, few=False):
     """Read a data set -> train, query, gallery: a Split each, sorted by file name.
 
     name: a key of DATASETS, looked for below `root`, or a folder: one of TRIPLES, its training part
     alone, or own images (read_own). NAME:source and NAME:target read half of it (take_half). A file
     name starts with person and camera, 0002_c1...; person -1 is junk and dropped; person 0, a
     distractor in Market-1501, is a person like others and wrong for every other person's query.
-    Cameras are renumbered 0..V-1. draw: draw a missing toy set. Raises Problem if files cannot be
-    read or there are fewer than `at_least` training images.
+    Cameras are renumbered 0..V-1. draw: draw a missing toy set. few: only some people
+    (--quick). Raises Problem if files cannot be read or there are fewer than `at_least` training
+    images.
     """
     name, root = os.fspath(name), os.fspath(root)
     name, half = name.rsplit(":", 1) if name.endswith((":source", ":target")) else (name, None)
@@ -103,6 +109,7 @@ def load(name, root="data", at_least=1, draw=True):
     if half:
         name, rows = f"{name}:{half}", take_half(rows, half)
     check_rows(name, folder, rows, at_least)
+    rows = take_few(rows) if few else rows
     cameras = sorted({camera for split in rows for _, _, camera in split})
     splits = []
     for split in rows:
@@ -151,7 +158,7 @@ def read_images(split, height, width):
 def read_data(args, device):
     """Read the data set of --data, --root and --size -> the training Split, its images, on the GPU
     if they fit, and the test set: query, gallery and the images of both."""
-    train, query, gallery = load(args.data, args.root, args.batch_size)
+    train, query, gallery = load(args.data, args.root, args.batch_size, True, args.quick)
     if args.true_ids and train.pids.min() < 0:
         raise Problem(f"--true-ids: the ids of {args.data} are not known (leave it out)")
     if args.centre:
@@ -710,7 +717,8 @@ def warm_up(model, images, cams, generator, epochs=4, batch_size=96, lr=1e-3, te
     device = next(model.parameters()).device
     cams = torch.from_numpy(cams).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=model.precision == "fp16")
+    fp16 = getattr(model, "precision", "fp32") == "fp16"  # any network may be warmed up
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     model.train()
     for epoch in range(epochs):
         order = torch.randperm(len(images), generator=generator)
@@ -1193,6 +1201,18 @@ def take_half(rows, half):
     return [[row for row in split if row[2] in cameras] for split in (train, *rows[1:])]
 
 
+def take_few(rows, people=12, images=200):
+    """-> some of a data set: the first people of training and of the test, with all of their images
+    (no distractors); without ids, the first training images."""
+    train, query, gallery = rows
+    if any(person is None for _, person, _ in train):
+        return [train[:images], query, gallery]
+    trained = sorted({person for _, person, _ in train})[:people]
+    tested = sorted({person for _, person, _ in query})[:people]
+    return [[row for row in split if row[1] in chosen]
+            for split, chosen in ((train, trained), (query, tested), (gallery, tested))]
+
+
 def check_rows(name, folder, rows, at_least):
     """Warn if counts differ from the published ones; raise Problem for unusable splits."""
     _, counts = DATASETS.get(name, ([], ()))
@@ -1329,12 +1349,16 @@ def fill(module, state, what, unused=()):
 # ================================================================= D command line, seeds, devices
 
 COMMAND_LINE = []  # filled by run()
+STATE = {"LOCKS", "COMMAND_LINE", "ARCHS"}  # no constants: they change, or hold functions
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("fp32", "bf16", "fp16")
 NO_NUMBER = {"out", "first_stage", "code", "root", "device", "eval_every", "resume", "on_collapse",
              "recompute"}  # flags and notes that do not change the results
 ON_A_CPU = ("--arch resnet18-layer3 --size 128 64 --epochs 40 --iters 200 --batch-size 64 "
             "--num-instances 4 --bn-splits 1 --lr-drop 0 --eps .5 --precision bf16 --centre")
+QUICK = dict(  # defaults of --quick
+    epochs=2, iters=3, batch_size=16, num_instances=4, bn_splits=1, eval_every=2, warm_up=1,
+    source_epochs=1, source_iters=3, nets=1, k1=10, eps=.6)
 SCHEDULE = dict(
     epochs=(int, 1, "epochs, each with a new clustering"), iters=(int, 1, "batches per epoch"),
     batch_size=(int, 2, "B = P x K images"), num_instances=(int, 1, "K, images per cluster"),
@@ -1394,6 +1418,8 @@ def add_run_flags(parser, warm_up=True):
         "defaults of other flags; NAME:source, NAME:target: half of it (%(default)s)")
     add("--root", default="data", help="where data sets are (%(default)s)")
     add("--out", help="folder of the run (runs/, named after the flags that are not defaults)")
+    add("--quick", action="store_true", help="try every step on a few people, in seconds: checks "
+        "an edit or a data set; the scores mean nothing")
     add("--resume", action="store_true", help="continue after the last finished epoch in OUT, "
         "if there is one; if you name --out, --epochs may grow")
     add("--on-collapse", choices=("stop", "skip"), default="stop", help="with too few clusters: "
@@ -1423,9 +1449,14 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
     early = Parser("", add_help=False)
     early.add_argument("--data", default="toy")
     early.add_argument("--weights")
+    early.add_argument("--quick", action="store_true")
+    words = [str(word) for word in (COMMAND_LINE if argv is None else argv)]
     early, _ = early.parse_known_args(argv)
     other = settings["toy" if early.weights == "none" else "market1501"]
     parser.set_defaults(**settings.get(early.data.rsplit(":", 1)[0], other))
+    if early.quick:
+        parser.set_defaults(**{name: value for name, value in QUICK.items()
+                               if parser.get_default(name) is not None})
     args, defaults = parser.parse_args(argv), parser.parse_args(["--data", early.data])
     if not (early.data.rsplit(":", 1)[0] in settings):  # --weights none chose other settings
         defaults.weights = settings["market1501"]["weights"]
@@ -1437,9 +1468,13 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
     if args.bn_splits % RANKS:
         raise Problem(f"--bn-splits {args.bn_splits} is no multiple of the {RANKS} processes of "
                       "torchrun (change one of them)")
+    page = next(module for module in (sys.modules.get(method), sys.modules["__main__"])
+                if getattr(module, "SETTINGS", None) is settings)
     args.size, args.code = tuple(args.size), {
-        name: hashlib.sha256(read_text(os.path.join(HERE, name)).encode()).hexdigest()[:12]
-        for name in (f"{method}.py", "common.py")}
+        os.path.basename(module.__file__): running_code(module)
+        for module in (page, sys.modules[__name__])}
+    if NOTEBOOK:
+        short_errors(vars(page), words)
     first, out = (run_folder(method, args, defaults, but) for but in (not_in_first_stage, ()))
     if not args.out:
         first, out = (apart(folder, args.data) for folder in (first, out))
@@ -1477,6 +1512,67 @@ def has_finished(folder):
     text = next((read_text(path) for path in paths if os.path.exists(path)), "")
     done, planned = re.findall(r'"epoch": (\d+)', text), re.search(r'"epochs": (\d+)', text)
     return bool(done and planned) and done[-1] == planned[1]
+
+
+def running_code(module):
+    """-> a hash of the code that runs: of the module's file or, if functions or constants were
+    replaced in memory, or the file was edited and not loaded again, as happens in a notebook, of
+    what is in memory."""
+    text = read_text(module.__file__)
+    try:
+        file = described(runpy.run_path(module.__file__, run_name="file"))
+    except Exception:  # saved in the middle of an edit
+        file = {}
+    memory = described(vars(module))
+    if {**file, **memory} != file:
+        name = os.path.basename(module.__file__)
+        say(f"note: {name} in memory differs from the file (edited after its import, or changed "
+            "here); memory is what runs. To run the file: importlib.reload, or a new kernel",
+            sys.stderr)
+        text = repr(sorted(memory.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def described(namespace):
+    """-> dict of what a module's own functions, classes and constants do, as text."""
+    own, found = ("file", "__main__", namespace["__name__"]), {}
+
+    def code(function):
+        body = inspect.unwrap(function).__code__
+        parts = [body]
+        for part in parts:  # functions within functions too
+            parts += [x for x in part.co_consts if inspect.iscode(x)]
+        constants = [[sorted(map(repr, x)) if isinstance(x, frozenset) else x
+                      for x in part.co_consts if not inspect.iscode(x)] for part in parts]
+        return repr([getattr(function, "__defaults__", None), constants,
+                     *((part.co_code, part.co_names, part.co_varnames) for part in parts)])
+    for name, value in namespace.items():
+        if inspect.isroutine(inspect.unwrap(value)) and hasattr(inspect.unwrap(value), "__code__"):
+            if value.__module__ in own:
+                found[name] = code(value)
+        elif inspect.isclass(value) and value.__module__ in own:
+            found[name] = repr([code(x) for x in vars(value).values() if inspect.isfunction(x)])
+        elif name.isupper() and name not in STATE and isinstance(
+                value, (int, float, str, tuple, dict)):
+            found[name] = repr(value)
+    return found
+
+
+def short_errors(page, words):
+    """In a notebook: one line for a Problem and for an interrupt, as in a terminal."""
+    shell = sys.modules["IPython"].get_ipython()
+
+    def show(shell, kind, error, trace, **_):
+        frames = [frame.f_globals for frame, _ in traceback.walk_tb(trace)]
+        if not any(frame is page for frame in frames):
+            shell.showtraceback((kind, error, trace))
+        elif kind is Problem:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            again = [word for word in words if word != "--resume"] + ["--resume"]
+            print(f"interrupted, finished epochs are kept; go on with: main({again})",
+                  file=sys.stderr)
+    shell.set_custom_exc((Problem, KeyboardInterrupt), show)
 
 
 def apart(folder, data):
@@ -1604,6 +1700,8 @@ def check_features(*features):
 # ========================================================================== E logs and checkpoints
 
 FORMAT = 4  # of last.pt; files of another format are refused
+RESERVED = {"path", "arrays", "clashing", "format", "parts", "pooling", "epoch", "scores", "images",
+            "files", "lines", "seconds"}  # what last.pt holds besides flags and kept values
 LOCKS = {}  # path -> open log of this process
 
 
@@ -1730,7 +1828,7 @@ class Log:
         """Raises Problem if the data set of a finished run has other images now. If it is not there
         any more, the run is shown all the same."""
         try:
-            train, *_ = load(self.args[flag], self.args["root"])
+            train, *_ = load(self.args[flag], self.args["root"], 1, True, self.args["quick"])
         except Problem:
             return
         self._check_files(train, state)
@@ -1745,14 +1843,15 @@ class Log:
         """--resume: load the checkpoint's state into `parts`: modules, optimisers and generators.
 
         train: the Split that is trained on. -> dict of the rest: epoch, the number of finished
-        epochs, and what epoch() was told to keep; {} in a new run. Tensors come back as arrays.
-        Raises Problem if a part or the names of the images do not fit.
+        epochs, and what epoch() was told to keep, arrays as arrays; {} in a new run. Raises Problem
+        if a part or the names of the images do not fit.
         """
         self.files = names_of(train)
         state, self.state = self.state, None
         if not state:
             return {}
         self._check_files(train, state)
+        state.update(state.pop("clashing"))
         try:
             for name, part in parts.items():
                 load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
@@ -1760,7 +1859,7 @@ class Log:
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise Problem(f"{self.folder} cannot be resumed: its last.pt holds no fitting {name} "
                           "(choose another --out)") from error
-        return {key: value.numpy() if torch.is_tensor(value) else value
+        return {key: value.numpy() if key in state["arrays"] else value
                 for key, value in state.items()}
 
     def steps(self, batches, title, iters):
@@ -1798,6 +1897,10 @@ class Log:
                       if value not in (None, {}))
         self.lines.append(json.dumps(dict(record, seconds=round(seconds, 2))) + "\n")
         if keep:
+            taken = RESERVED.intersection(keep)
+            if taken:
+                raise Problem(f"keep={', '.join(taken)}: last.pt holds something else of that name "
+                              "(call it otherwise)")
             model = keep["model"]
             state = {name: value.get_state() if isinstance(value, torch.Generator) else
                      torch.from_numpy(value) if isinstance(value, np.ndarray) else
@@ -1806,9 +1909,13 @@ class Log:
             if not all(value.isfinite().all() for value in tensors_in(state)):
                 raise Problem(f"{title}: weights are not finite, training diverged (lower --lr; "
                               "the last good epoch is kept)")
+            clashing = {name: state.pop(name) for name in list(state)
+                        if name in self.args}  # named like a flag
             from_rank_0(
                 save_checkpoint, os.path.join(self.folder, "last.pt"), **self.args, **state,
-                format=FORMAT, parts=model.parts, pooling=model.pooling, epoch=epoch,
+                arrays=[name for name, value in keep.items() if isinstance(value, np.ndarray)],
+                clashing=clashing, format=FORMAT, parts=model.parts, pooling=model.pooling,
+                epoch=epoch,
                 scores=scores or {}, images=len(keep["labels"]), files=self.files, lines=self.lines,
                 seconds=seconds)
         from_rank_0(self._write)
@@ -1930,7 +2037,7 @@ def load_run(path, *keys):
     """-> the dict of a run's last.pt. Raises Problem for any other file."""
     kinds = dict(format=int, model=dict, arch=str, parts=int, pooling=str, size=tuple, data=str,
                  root=str, epoch=int, epochs=int, scores=dict, lines=list, seconds=float,
-                 precision=str, images=int, files=str, code=dict)
+                 precision=str, images=int, files=str, code=dict, arrays=list, clashing=dict)
     state = load_checkpoint(path, (*kinds, *keys))
     if not (all(isinstance(state[key], kind) for key, kind in kinds.items())
             and state["format"] == FORMAT and state["arch"] in ARCHS

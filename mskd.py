@@ -199,7 +199,7 @@ def train_stage(args, stage, out, teacher_folder=None):
     resumed = log.restore(train, **state)
     labels = resumed.get("labels")
     if not resumed:  # a new run
-        log.epoch("start", scores=common.test(model, test_set))
+        log.epoch("start", scores={} if args.quick else common.test(model, test_set))
         if from_scratch:  # W
             common.warm_up(model, images, cams, generator, args.warm_up)
             log.epoch("warmed up", scores=common.test(model, test_set))

@@ -180,7 +180,7 @@ def train_source(args, i, device, images):
     if log.finished:
         return path
     generator = common.seed_everything((9 * args.seed + i) % 2**32)
-    source, _, _ = common.load(args.source, args.root, args.batch_size)
+    source, *_ = common.load(args.source, args.root, args.batch_size, True, args.quick)
     source_images = common.place(common.read_images(source, *args.size), device)
     labels = common.renumber(source.pids)
     if labels.min() < 0 or np.bincount(labels).max() < 2:
@@ -244,7 +244,7 @@ def main(argv=None):
     resumed = log.restore(train, **state)
     labels, radius = resumed.get("labels"), resumed.get("radius")
     if not resumed:  # a new run
-        log.epoch("source only", scores=common.test(slow[0], test_set))
+        log.epoch("source only", scores={} if args.quick else common.test(slow[0], test_set))
 
     for epoch in range(resumed.get("epoch", 0), args.epochs):
         # ---- 1 features: the mean of the slow copies

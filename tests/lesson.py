@@ -262,11 +262,11 @@ def kind(e, a, b):
 def name(e, i):
     """Image i in words."""
     cluster = f"cluster {e.labels[i]}" if e.labels[i] >= 0 else "no cluster"
-    return f"person {e.train.pids[i]}, " * e.known + f"camera {e.train.cams[i] + 1}, {cluster}"
+    return f"person {e.train.pids[i]}, " * e.known + f"camera {camera(e, i)}, {cluster}"
 
 
 def camera(e, i):
-    return f"c{e.train.cams[i] + 1}"
+    return report.camera(e.train, e.train.cams[i])
 
 
 def draw_features(e, before):
@@ -293,7 +293,7 @@ def draw_features(e, before):
         for by, index, group in (("person", shown, who), ("camera", order, cams)):
             values = (features[index] @ features[index].T).cpu().numpy()
             groups = list(dict.fromkeys(group[index]))
-            names = [f"c{g + 1}" if by == "camera" else f"{what} {g}" for g in groups]
+            names = [report.camera(e.train, g) if by == "camera" else f"{what} {g}" for g in groups]
             label = f"Similarities {title}, sorted by {by if e.known or by == 'camera' else what}"
             charts.append(f"<div><h4>{label}</h4>" + report.matrix(
                 label, values, [(group[index] == g).sum() for g in groups], names) + "</div>")
@@ -443,7 +443,8 @@ def by_camera(e, images, words, person):
         row = images[e.train.cams[images] == v]
         shots = [(e.train.paths[i], words(i), ("right" if e.train.pids[i] == person else "wrong")
                   if e.known else "") for i in report.spread(row, 7)]
-        body += f"<h4>Camera {v + 1} (images: {len(row)})</h4>{report.strip(shots)}"
+        body += (f"<h4>Camera {report.camera(e.train, v)} (images: {len(row)})</h4>"
+                 + report.strip(shots))
     return body
 
 
@@ -601,6 +602,17 @@ def candidates_of(e, i, order, p, q, groups, wanted, features):
     return shown
 
 
+def ccsd_candidates(e, features, i, w):
+    """-> the two sides of image i for the camera w, as draw_sides() takes them, and their KL."""
+    groups, (_, _, table) = groups_of(e)
+    table, v, to = table.cpu().numpy(), e.train.cams[i], report.camera(e.train, w)
+    p, q, kl = ccsd_look(e, features, i, w)
+    return [(title, candidates_of(e, i, top(values), p, q, groups, column.__getitem__, features),
+             PARTS[0]) for title, values, column in (
+        (f"Teacher p: clusters in camera {camera(e, i)}, its own", p, table[:, v]),
+        (f"Student q: the same clusters in camera {to}", q, table[:, w]))], kl
+
+
 def top(values, n=5):
     """The indices of the n greatest of the values that are above 0, greatest first."""
     order = np.argsort(-values, kind="stable")[:n]
@@ -647,20 +659,22 @@ LESSONS = {
            "wrong hard label.")}
 
 
+def both_epochs(run, images, before, others):
+    """-> the run's next epoch up to its labels, and features of the networks before training."""
+    args = argparse.Namespace(**run.state)
+    page = PAGES[next(name for name in args.code if name in PAGES)]
+    e = start_epoch(page, args, others[1] if page is sskd else [run.model], images, run.train)
+    find_labels(e, args.labels.numpy())
+    return e, start_epoch(page, args, before, images, run.train) if before else None
+
+
 def chapter(run, images, first, others):
     """-> HTML. run: as eval.py opens it; images: its training images; first: networks before
     training, or None and why; others: MSKD's teacher; SSKD's networks and slow copies."""
-    args = argparse.Namespace(**run.state)
-    page = PAGES[next(name for name in args.code if name in PAGES)]
     before, why = first
-    slow = others[1] if page is sskd else [run.model]
-    e = start_epoch(page, args, slow, images, run.train)
-    find_labels(e, args.labels.numpy())
-    e0 = start_epoch(page, args, before, images, run.train) if before else None
-    if e0:
-        e0.labels, e0.person, e0.known = e.labels, e.person, e.known
-    generator = torch.Generator()
-    generator.set_state(args.generator)
+    e, e0 = both_epochs(run, images, before, others)
+    page, generator = e.page, torch.Generator()
+    generator.set_state(e.args.generator)
     model_of_batch = others if page is sskd else others and others[0]
     figures = [draw_features(e, e0 and e0.features)]
     figures += [draw_views(e)] if page is mskd else []
@@ -676,22 +690,12 @@ def chapter(run, images, first, others):
 
 def teach(e, e0, others, before):
     """The lesson of the page."""
-    cams, looks, c0 = e.train.cams, [], None
+    looks, c0 = [], None
     both = [("Before training began", e0), ("Now", e)] if e0 else [("Now", e)]
     if e.page is ccsd:
-        groups, (_, _, table) = groups_of(e)
-        table = table.cpu().numpy()
-
         def shown(state):
             def look(i, w):
-                p, q, kl = ccsd_look(e, state.features, i, int(w))
-                sides = []
-                for title, values, v in ((f"Teacher p: clusters in camera {cams[i] + 1}, its own",
-                                          p, cams[i]),
-                                         (f"Student q: the same clusters in camera {w + 1}", q, w)):
-                    sides.append((title, candidates_of(e, i, top(values), p, q, groups,
-                                                       lambda k: table[k, v], state.features),
-                                  PARTS[0]))
+                sides, kl = ccsd_candidates(e, state.features, i, int(w))
                 return draw_sides(e, sides) + f"<p>KL(p || q) = {kl:.3f}</p>"
             return look
         looks = [(when, shown(state)) for when, state in both]

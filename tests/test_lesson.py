@@ -166,7 +166,7 @@ def test_the_pictures_hold_these_numbers(run, monkeypatch):
     assert 1 <= len(rows) <= 6 and len({c.image[row] for _, row in rows}) == len(rows)
     for title, row in rows:
         i = c.image[row]
-        assert f"{title}: person {e.train.pids[i]}, camera {e.train.cams[i] + 1}" in found.text
+        assert f"{title}: person {e.train.pids[i]}, camera c{e.train.cams[i] + 1}" in found.text
         assert ("differ" in title) <= (c.teacher[row] != c.student[row])
         if "wrong, the teacher right" in title:
             assert c.t[row] and not c.label[row]

@@ -147,7 +147,7 @@ def test_only_rank_0_prints_and_writes(runs):
     titles = [line.split("|")[0].strip() for line in done.stdout.splitlines()]
     assert titles.count("source 2, 1") == titles.count("source only") == 1
     assert titles.count("first round") == 1 and titles.count("warmed up") == 4
-    assert done.stderr.count("3 cameras; train 72") == 6  # ccsd, teacher, student, sskd, resumed, half
+    assert done.stderr.count("3 cameras; train 72") == 6  # ccsd, teacher, student, sskd, ...
     for folder, _, files in os.walk(two):
         assert set(files) <= {"last.pt", "log.jsonl"}
 

@@ -90,6 +90,23 @@ def test_bn_splits_see_their_own_statistics():
 
 # ----------------------------------------------------------------------------------------- refusals
 
+def test_quick_reads_few_people_and_ends(tmp_path, monkeypatch):
+    """The debug line: a set of any size, all steps; it never meets a run of the whole set."""
+    monkeypatch.chdir(tmp_path)
+    folder = draw(tmp_path / "d", train=16, test=14, cameras=3, shots=4)
+    split = [part.paths for part in common.load(str(folder), few=True)]
+    people = [{os.path.basename(path)[:4] for path in part} for part in split]
+    assert [len(part) for part in split] == [12 * 12, 12 * 3, 12 * 9]
+    assert people[0] == {f"{i:04d}" for i in range(1, 13)} and people[1] == people[2]
+    args = ["--data", str(folder), "--weights", "none"]
+    assert ccsd.main([*args, "--quick"])["queries"] == 36
+    with open(ccsd.get_args([*args, "--quick"]).out + "/log.jsonl", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    assert [line["epoch"] for line in lines[1:]] == [0, 0, 1, 2] and "scores" not in lines[1]
+    assert ccsd.get_args(args).out != ccsd.get_args([*args, "--quick"]).out
+    assert ccsd.get_args([*args, "--quick", "--epochs", "3"]).epochs == 3
+
+
 def test_bad_data(tmp_path, capsys):
     folder = draw(tmp_path / "d", train=3, test=2, cameras=2, shots=2)
 

@@ -168,6 +168,24 @@ def test_resume_needs_the_same_images(tmp_path, capsys):
     assert "72 training images, now there are 71" in says and "--out" in says
 
 
+def test_kept_values_come_back_as_they_were_even_if_a_flag_has_their_name(tiny, tmp_path):
+    argv = short(tiny, tmp_path / "a")
+    argv = [*argv, "--precision", "fp32"]
+    args, model = ccsd.get_args(argv), common.Encoder("small", "none")
+    split = common.load(str(tiny))[0]
+    kept = dict(labels=np.arange(72), kd=np.ones(3), momentum="x", ensemble=torch.arange(3.))
+    log = common.Log(args.out, "cpu", args)
+    assert log.restore(split) == {}
+    log.epoch("epoch 1/2", epoch=1, keep=dict(model=model, **kept))
+    args = ccsd.get_args([*argv, "--resume"])
+    back = common.Log(args.out, "cpu", args).restore(split, model=model)
+    for name, value in kept.items():
+        assert type(back[name]) is type(value)
+        assert back[name] == value if name == "momentum" else (back[name] == value).all()
+    with pytest.raises(common.Problem, match="keep=epoch: last.pt holds something else"):
+        log.epoch("epoch 2/2", epoch=2, keep=dict(model=model, labels=kept["labels"], epoch=3))
+
+
 def test_a_finished_run_is_of_its_images(tmp_path, capsys):
     """Others under the same number are noticed; a set that moved or is gone is no reason to stop.
     """
@@ -636,7 +654,8 @@ FLAGS = {
         "--data nowhere": "nowhere", "--nonsense": "--nonsense",
         "--epoch 3": "--epoch", "--out /proc/nowhere": "/proc/nowhere.* cannot be written",
         "--on-collapse ask": "--on-collapse", "--resume 3": "unrecognized arguments: 3",
-        "--precision half": "--precision", "--size 32 4096": "--size", "--iters 99999999999": "--iters",
+        "--precision half": "--precision", "--size 32 4096": "--size",
+        "--iters 99999999999": "--iters",
         "--eps .001": "raise --eps", "--out R/last.pt": "R/last.pt", "--eps 2": "--eps",
     }.items()},
     "ccsd --refine best": "--refine", "ccsd --kd -1": "--kd", "ccsd --kd": "--kd",
