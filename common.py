@@ -1349,7 +1349,7 @@ def fill(module, state, what, unused=()):
 # ================================================================= D command line, seeds, devices
 
 COMMAND_LINE = []  # filled by run()
-STATE = {"LOCKS", "COMMAND_LINE", "ARCHS"}  # no constants: they change, or hold functions
+STATE = {"LOCKS", "COMMAND_LINE"}  # no constants: they change
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("fp32", "bf16", "fp16")
 NO_NUMBER = {"out", "first_stage", "code", "root", "device", "eval_every", "resume", "on_collapse",
@@ -1546,6 +1546,13 @@ def described(namespace):
                       for x in part.co_consts if not inspect.iscode(x)] for part in parts]
         return repr([getattr(function, "__defaults__", None), constants,
                      *((part.co_code, part.co_names, part.co_varnames) for part in parts)])
+
+    def constant(value):
+        if isinstance(value, dict):
+            return {key: constant(x) for key, x in value.items()}
+        if isinstance(value, tuple):
+            return [constant(x) for x in value]
+        return code(value) if inspect.isfunction(value) else value  # its repr holds an address
     for name, value in namespace.items():
         if inspect.isroutine(inspect.unwrap(value)) and hasattr(inspect.unwrap(value), "__code__"):
             if value.__module__ in own:
@@ -1554,7 +1561,7 @@ def described(namespace):
             found[name] = repr([code(x) for x in vars(value).values() if inspect.isfunction(x)])
         elif name.isupper() and name not in STATE and isinstance(
                 value, (int, float, str, tuple, dict)):
-            found[name] = repr(value)
+            found[name] = repr(constant(value))
     return found
 
 

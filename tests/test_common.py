@@ -10,6 +10,7 @@ import re
 
 import numpy as np
 import pytest
+import sklearn.cluster
 import sklearn.metrics
 import slow
 import torch
@@ -22,6 +23,12 @@ from torch import nn
 import common
 import mskd
 import sskd
+
+
+def code_of(name):
+    """-> all code within the lines of a text."""
+    with open(os.path.join(HERE, name), encoding="utf-8") as file:
+        return [" ".join(x.split()) for x in re.findall(r"`([^`]+)`", file.read().replace("```", ""))]
 
 
 # ------------------------------------------------------------------------------------------ network
@@ -130,11 +137,16 @@ def test_stripes_of_a_map_are_equal_or_refused(size, parts, rows, remedy):
 
 def test_a_backbone_is_one_line_of_archs(tiny, tmp_path, monkeypatch, capsys):
     """The README's, with a stride of 32: a map of 3 rows at a height of 96 has no halves."""
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        code = next(x for x in re.findall(r"```python\n(.*?)```", file.read(), re.S)
-                    if "mobilenet" in x)
-    exec(code, {**vars(common), "ARCHS": (archs := dict(common.ARCHS))})
-    monkeypatch.setattr(common, "ARCHS", archs)
+    lines = [line for line in code_of("README.md") if line.startswith('"')]
+    assert len(lines) == 2
+    more = eval("{" + ", ".join(lines) + "}", vars(common))
+    names = [common.running_code(common)]
+    for name, line in more.items():
+        monkeypatch.setitem(common.ARCHS, name, line)
+        names.append(common.running_code(common))
+    assert len({*names}) == 3 and "in memory differs" in capsys.readouterr().err
+    assert common.Encoder("resnet101", "none", 2).eval()(torch.randn(1, 3, 64, 32)).shape == (
+        3, 1, 2048)
     words = short(tiny, tmp_path, "--arch", "mobilenet", "--epochs", "1", "--stage", "teacher")
     line = refusal(lambda: mskd.main([*words, "--size", "96", "32"]), capsys)
     assert "--size 96" in line and "3 rows" in line and "multiple of 64" in line
@@ -427,17 +439,18 @@ def test_duplicates_change_no_label_and_no_radius(seed):
 
 
 def test_the_clusterings_of_the_readme():
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        code = next(x for x in re.findall(r"```python\n(.*?)```", file.read(), re.S)
-                    if "HDBSCAN" in x)
+    code = "\n".join(line for line in code_of("README.md")
+                     if re.match(r"(full|np.fill_diagonal|labels = \w+\(|medoids)", line))
+    people = np.arange(400) % 80
+    names = dict(vars(sklearn.cluster), np=np, found=[], distance=common.jaccard_distance(
+        unit(400, 32, people=80, spread=.3), 8))
     code = re.sub("(?m)^labels = .*$", r"\g<0>; found.append(labels)", code)
-    people, found = np.arange(400) % 80, []
-    names = dict(distance=common.jaccard_distance(unit(400, 32, people=80, spread=.3), 8), np=np,
-                 found=found)
-    assert csgraph.minimum_spanning_tree(names["distance"]).nnz == 399  # else HDBSCAN never ends
-    exec(code, names)
+    code, start, step = re.split("(?m)^(?=medoids)", code)
+    loop = "labels = full[:, medoids].argmin(1)"
+    assert loop in code_of("README.md")
+    exec(code + start + "for _ in range(20):\n " + loop + "\n " + step, names)
     *others, medoids = [sklearn.metrics.adjusted_rand_score(people, labels)
-                        for labels in (*found, names["labels"])]
+                        for labels in (*names["found"], names["labels"])]
     assert others == [1] * 4 and medoids > .6                      # from random images: a local one
     apart = common.jaccard_distance(unit(640, 32, people=80, spread=.3), 12)
     assert csgraph.connected_components(apart)[0] == 2
