@@ -98,9 +98,7 @@ def get_args(argv=None):
     if args.teacher and args.stage == "teacher":
         raise common.Problem("--teacher names a finished teacher, so --stage teacher has nothing "
                              "to do (leave one of them out)")
-    if math.ceil(args.size[0] / 16) % 2:
-        raise common.Problem(f"--size {args.size[0]}: the network's map has an odd number of rows, "
-                             "so no equal halves (make the height a multiple of 32)")
+    common.check_stripes(args.size[0], common.map_rows(args.arch, args.size), 2)
     return args
 
 
@@ -120,8 +118,8 @@ def mixed_distance(views, k1, l1):
             similarity = common.jaccard_distance(features, k1)
             similarity.data = weight * (1 - similarity.data)
             mixed = mixed + similarity
-    mixed.data = (1 - mixed.data).clip(0)
-    return mixed
+    mixed.data = 1 - mixed.data
+    return common.zeros_on_diagonal(mixed)
 
 
 def view_losses(f, memory, k, temp):

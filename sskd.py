@@ -105,10 +105,10 @@ def get_args(argv=None):
 
 def adaptive_eps(distance, rho):
     """Step 2: mean of the smallest share `rho` of all distances between two images. Sparse (N, N):
-    a pair that is not stored has distance 1. Duplicates, at 0 up to rounding, do not count."""
+    a pair that is not stored has distance 1. Duplicates do not count."""
     n, row = distance.shape[0], common.per_entry(np.arange(distance.shape[0]), distance)
     stored = distance.data[row < distance.indices]
-    distinct = np.sort(stored[stored > 1e-6])
+    distinct = np.sort(stored[stored > common.DUPLICATE])
     count = max(1, round(rho * (n * (n - 1) // 2 - (len(stored) - len(distinct)))))
     return float((distinct[:count].sum(dtype=np.float64) + max(0, count - len(distinct))) / count)
 

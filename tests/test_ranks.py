@@ -190,6 +190,7 @@ def one_step(splits, parts):
     torch.manual_seed(0)
     images, y = torch.rand(16, 3, 64, 32), torch.arange(16) % 5
     model, last = common.Encoder("small", "none", parts), torch.nn.Linear(256, 5)
+    model.necks[0].momentum = .3                                   # a method may change it
     twin, twin_last = copy.deepcopy(model), copy.deepcopy(last)
     optimizer = torch.optim.SGD([*model.parameters(), *last.parameters()], 1)
     for _ in range(2):
