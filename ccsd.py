@@ -48,11 +48,14 @@ import torch
 import torch.nn.functional as F
 
 SETTINGS = {  # defaults of the flags; tests/RESULTS.md says how the toy set's were chosen
-    "toy": dict(arch="small", weights="none", size=(96, 48), eps=.45, k1=20, epochs=20, iters=24,
-                batch_size=64, num_instances=4, lr=1e-3, lr_drop=0, bn_splits=1, eval_every=5),
-    "market1501": dict(arch="resnet50", weights="imagenet", size=(256, 128), eps=.6, k1=30,
-                       epochs=50, iters=200, batch_size=256, num_instances=16, lr=3.5e-4,
-                       lr_drop=20, bn_splits=4, eval_every=10)}
+    "toy": dict(
+        arch="small", weights="none", size=(96, 48), eps=.45, k1=20,
+        epochs=20, iters=24, batch_size=64, num_instances=4, lr=1e-3, lr_drop=0,
+        bn_splits=1, eval_every=5),
+    "market1501": dict(
+        arch="resnet50", weights="imagenet", size=(256, 128), eps=.6, k1=30,
+        epochs=50, iters=200, batch_size=256, num_instances=16, lr=3.5e-4, lr_drop=20,
+        bn_splits=4, eval_every=10)}
 SETTINGS["toy-source"] = SETTINGS["toy"]
 SETTINGS["msmt17"] = dict(SETTINGS["market1501"], iters=400)
 WEIGHT_DECAY = 5e-4
@@ -64,11 +67,12 @@ RECLUSTER_EPS = .8  # N1: eps within a group, as a fraction of --eps; no other v
 def get_args(argv=None):
     number, parser = common.number, common.Parser(__doc__)
     weight = number(float, 0)
-    add = parser.add_argument_group("paper (default / ClusterContrast's value); weight 0: off"
-                                    ).add_argument
+    title = "paper (default / ClusterContrast's value); weight 0: off"
+    add = parser.add_argument_group(title).add_argument
     add("--refine", choices=("none", "split", "reassign", "recluster"), default="split",
-        help="none: ClusterContrast, L_base only; split: by camera; reassign: images then move to "
-        "the nearest group of their camera; recluster: loose images are dropped (%(default)s)")
+        help="none: ClusterContrast, L_base only; split: by camera; reassign: images "
+        "then move to the nearest group of their camera; recluster: loose images are "
+        "dropped (%(default)s)")
     add("--base", type=weight, default=1, help="weight of L_base (%(default)s)")
     add("--intra", type=weight, default=1, help="weight of L_intra (%(default)s)")
     add("--cross", type=weight, default=.5, help="a, weight of L_cross (%(default)s)")
@@ -76,18 +80,21 @@ def get_args(argv=None):
     add("--temp", type=number(float, 1e-3), default=.05, help="tau (%(default)s / 0.05)")
     add("--momentum", type=number(float, 0, 1), default=.1,
         help="mu in m <- mu m + (1 - mu) f (%(default)s / 0.1)")
-    add("--eps", type=number(float, 0, 1), help="DBSCAN's radius; lower it when clusters mix "
-        "people, raise it when most images are outliers (%(default)s / 0.6)")
-    add("--k1", type=number(int, 1), help="neighbours in the Jaccard distance, about as many "
-        "as a person has images (%(default)s / 30)")
+    add("--eps", type=number(float, 0, 1),
+        help="DBSCAN's radius; lower it when clusters mix people, raise it when most "
+        "images are outliers (%(default)s / 0.6)")
+    add("--k1", type=number(int, 1),
+        help="neighbours in the Jaccard distance, about as many as a person has images "
+        "(%(default)s / 30)")
     common.add_schedule_flags(parser, SETTINGS["market1501"])
     common.add_run_flags(parser)
     args = common.parse(parser, argv, "ccsd", SETTINGS)
     if args.true_ids and args.refine in ("reassign", "recluster"):
-        raise common.Problem(f"--true-ids: {args.refine} has nothing to refine (use split or none)")
+        raise common.Problem(f"--true-ids: {args.refine} has nothing to refine "
+                             "(use split or none)")
     if args.base == 0 and (args.intra == 0 or args.refine == "none"):
-        raise common.Problem("--base 0 leaves the first epochs without a loss (raise it, or raise "
-                             "--intra and use --refine split)")
+        raise common.Problem("--base 0 leaves the first epochs without a loss (raise it, "
+                             "or raise --intra and use --refine split)")
     return args
 
 
@@ -101,10 +108,10 @@ def split_by_camera(labels, cams):
     cluster k and camera v of each group. table (C, V): group of (k, v), or -1 if v does not see k.
     """
     valid = labels >= 0
-    pairs, index = np.unique(np.stack([labels[valid], cams[valid]]), axis=1, return_inverse=True)
+    pairs = np.stack([labels[valid], cams[valid]])                                # (2, n)
+    (parent, camera), index = np.unique(pairs, axis=1, return_inverse=True)
     groups = np.full_like(labels, -1)
     groups[valid] = index.ravel()
-    parent, camera = pairs
     table = np.full((labels.max() + 1, cams.max() + 1), -1)
     table[parent, camera] = np.arange(len(parent))
     return groups, parent, camera, table
@@ -124,7 +131,8 @@ def reassign(labels, cams, features, rounds=20):
         for v in np.unique(camera):
             images = np.flatnonzero((cams == v) & (labels >= 0))
             groups_of_v = np.flatnonzero(camera == v)
-            nearest = (features[images] @ means[groups_of_v].T).argmax(1).cpu().numpy()
+            similarity = features[images] @ means[groups_of_v].T
+            nearest = similarity.argmax(1).cpu().numpy()
             moved[images] = parent[groups_of_v[nearest]]
         if (moved == labels).all():
             break
@@ -136,8 +144,8 @@ def recluster(labels, cams, distance, eps, min_samples=2):
     """Step 3, refine, second interpretation (N1): DBSCAN within each group, with a smaller eps,
     turns loose images into outliers. distance: sparse (N, N). -> (N,) labels."""
     groups, *_ = split_by_camera(labels, cams)
-    row = common.per_entry(groups, distance)
-    same_group = (row >= 0) & (row == groups[distance.indices])
+    row, column = common.per_entry(groups, distance), groups[distance.indices]
+    same_group = (row >= 0) & (row == column)
     within_group = distance.copy()
     within_group.data = np.where(same_group, distance.data, 1)
     subclusters = common.dbscan(within_group, eps, min_samples, at_least=0)
@@ -147,8 +155,9 @@ def recluster(labels, cams, distance, eps, min_samples=2):
 def intra_camera_loss(similarity, group, camera, temp):
     """L_intra (N2): cross-entropy over the groups of the image's own camera, batch mean. similarity
     (B, G): <f_i, m_g>; group (B,): group of each image; camera (G,): camera of each group."""
+    logits = similarity / temp                                                    # (B, G)
     other_camera = camera[group][:, None] != camera                               # (B, G)
-    return F.cross_entropy((similarity / temp).masked_fill(other_camera, -math.inf), group)
+    return F.cross_entropy(logits.masked_fill(other_camera, -math.inf), group)
 
 
 def cross_camera_loss(similarity, group, parent, temp, negatives=NEGATIVES):
@@ -161,12 +170,14 @@ def cross_camera_loss(similarity, group, parent, temp, negatives=NEGATIVES):
     """
     logits = similarity / temp                                                    # (B, G)
     same_cluster = parent[group][:, None] == parent                               # (B, G)
-    own_group = torch.arange(len(parent), device=same_cluster.device) == group[:, None]
-    positive = same_cluster & ~own_group
-    hardest = logits.masked_fill(same_cluster, -math.inf).topk(min(negatives, len(parent))).values
-    candidates = torch.cat([logits.masked_fill(~positive, -math.inf), hardest], 1)
+    positive = same_cluster.scatter(1, group[:, None], False)  # but not its own group
+    positives = logits.masked_fill(~positive, -math.inf)
+    others = logits.masked_fill(same_cluster, -math.inf)
+    hardest = others.topk(min(negatives, len(parent))).values
+    candidates = torch.cat([positives, hardest], 1)
     total = candidates.logsumexp(1, keepdim=True)                                 # (B, 1)
-    loss = torch.where(positive, total - logits, 0).sum(1) / positive.sum(1).clamp(min=1)
+    loss = torch.where(positive, total - logits, 0).sum(1)                        # (B,)
+    loss = loss / positive.sum(1).clamp(min=1)
     return loss.sum() / positive.any(1).sum().clamp(min=1)
 
 
@@ -180,14 +191,17 @@ def teacher_and_student(similarity, group, parent, camera, table, temp):
     -1. -> log p and log q (B, C, V), the last axis: w; valid (B, V): is w such a camera?
     """
     seen = table >= 0                                                             # (C, V)
-    logits = (similarity / temp)[:, table.clamp(min=0)]                           # (B, C, V)
+    logits = similarity / temp                                                    # (B, G)
+    logits = logits[:, table.clamp(min=0)]  # not seen: group 0, masked below     # (B, C, V)
     v = camera[group]                                                             # (B,)
     shared = seen & seen[:, v].T[:, :, None]                                      # (B, C, V)
     teacher = logits.gather(2, v[:, None, None].expand(-1, len(table), 1))        # (B, C, 1)
-    log_p = teacher.masked_fill(~shared, -1e4).log_softmax(1)                     # (B, C, V)
-    log_q = logits.masked_fill(~shared, -1e4).log_softmax(1)  # e^-1e4 is 0; -inf would give NaN
+    never = -1e4  # e^-1e4 is 0; -inf would give NaN
+    log_p = teacher.masked_fill(~shared, never).log_softmax(1)                    # (B, C, V)
+    log_q = logits.masked_fill(~shared, never).log_softmax(1)                     # (B, C, V)
     valid = seen[parent[group]] & (shared.sum(1) >= 2)                            # (B, V)
-    return log_p, log_q, valid.scatter(1, v[:, None], False)  # v itself is the teacher
+    valid = valid.scatter(1, v[:, None], False)  # v itself is the teacher
+    return log_p, log_q, valid
 
 
 def distillation_loss(similarity, group, parent, camera, table, temp):
@@ -196,7 +210,8 @@ def distillation_loss(similarity, group, parent, camera, table, temp):
     log_p, log_q, valid = teacher_and_student(similarity, group, parent, camera, table, temp)
     log_p = log_p.detach()
     kl = (log_p.exp() * (log_p - log_q)).sum(1)                                   # (B, V)
-    loss = torch.where(valid, kl, 0).sum(1) / valid.sum(1).clamp(min=1)           # (B,)
+    loss = torch.where(valid, kl, 0).sum(1)                                       # (B,)
+    loss = loss / valid.sum(1).clamp(min=1)
     return loss.sum() / valid.any(1).sum().clamp(min=1)
 
 
@@ -212,10 +227,13 @@ def main(argv=None):
     # ---- 0 data, network, optimiser
     train, images, test_set = common.read_data(args, device)
     cams, from_scratch = train.cams, args.weights == "none"
-    P, K = args.batch_size // args.num_instances, args.num_instances  # clusters, images of each
+    jitter = .5 if from_scratch else 0  # W
+    K = args.num_instances  # images of each of P clusters
+    P = args.batch_size // K
     model = common.Encoder(args.arch, args.weights, parts=0, pooling="gem").on(device, args)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
-                                 fused=device.type == "cuda")
+    fused = device.type == "cuda"
+    optimizer = torch.optim.Adam(
+        model.parameters(), args.lr, weight_decay=WEIGHT_DECAY, fused=fused)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     state = dict(generator=generator, model=model, optimizer=optimizer, scaler=scaler)
     resumed = log.restore(train, **state)
@@ -233,39 +251,43 @@ def main(argv=None):
         fallback = labels if args.on_collapse == "skip" else None
 
         # ---- 2 pseudo labels: dense groups of images that share neighbours
-        centred = common.centre_cameras(features, cams) if args.centre else features  # W
+        to_cluster = features                                                     # (N, D)
+        if args.centre:  # W
+            to_cluster = common.centre_cameras(features, cams)
         if args.true_ids:
             labels = common.renumber(train.pids)                                  # (N,)
         else:
-            distance = common.jaccard_distance(centred, args.k1, max_distance=args.eps)
+            distance = common.jaccard_distance(to_cluster, args.k1, max_distance=args.eps)
             labels = common.dbscan(distance, args.eps, at_least=P, instead=fallback)
         unrefined = common.label_quality(labels, train.pids)
 
         # ---- 3 camera-aware cluster refinement: --refine may change labels, then the final split
         refined = labels is fallback  # those of the epoch before were
         if args.refine == "reassign" and not refined:
-            labels = common.from_rank_0(reassign, labels, cams, centred)
+            labels = common.from_rank_0(reassign, labels, cams, to_cluster)
         if args.refine == "recluster" and not refined:
             labels = recluster(labels, cams, distance, RECLUSTER_EPS * args.eps)
-        groups, parent, camera, table = split_by_camera(labels, cams)
+        groups, *arrays = split_by_camera(labels, cams)
+        parent, camera, table = (torch.from_numpy(array).to(device) for array in arrays)
 
         # ---- 4 memories: what an image is compared with, from step 1 (not centred, like a batch's)
         cluster_memory = common.cluster_means(features, labels)                   # (C, D)
         group_memory = common.cluster_means(features, groups)                     # (G, D)
-        y, g, parent, camera, table = (
-            torch.from_numpy(array).to(device) for array in (labels, groups, parent, camera, table))
+        cluster_of = torch.from_numpy(labels).to(device)                          # (N,)
+        group_of = torch.from_numpy(groups).to(device)                            # (N,)
 
         # ---- 5 batches of P clusters x K images
         model.train()
-        means, cross_started = common.Means(), epoch >= min(GROUP_START, args.epochs // 4)  # N3
+        loss_means = common.Means()
+        cross_started = epoch >= min(GROUP_START, args.epochs // 4)  # N3
         batches = common.pk_batches(labels, cams, P, K, args.iters, generator)
         for step, index in log.steps(batches, f"epoch {epoch + 1}", args.iters):
             # 5a features of augmented images, in --bn-splits chunks as if on that many GPUs
-            batch = common.augment(common.take(images, index, device), generator,
-                                   jitter=.5 if from_scratch else 0)
+            batch = common.take(images, index, device)                            # (B, 3, H, W)
+            batch = common.augment(batch, generator, jitter=jitter)
             f = common.forward(model, batch, args.bn_splits)                      # (B, D)
             index = common.send(index, device)
-            k, group = y[index], g[index]                                         # (B,), (B,)
+            k, group = cluster_of[index], group_of[index]                         # (B,), (B,)
             L_base = L_intra = L_cross = L_kd = 0
 
             # 5b similarity to clusters of all cameras, whose labels are noisy
@@ -280,13 +302,14 @@ def main(argv=None):
                 if cross_started and args.cross:
                     L_cross = cross_camera_loss(similarity, group, parent, GROUP_TEMP)
                 if cross_started and args.kd:
-                    L_kd = distillation_loss(similarity, group, parent, camera, table, GROUP_TEMP)
+                    L_kd = distillation_loss(similarity, group, parent, camera, table,
+                                             GROUP_TEMP)
 
             # 5f total loss, step
-            loss = args.base * L_base + args.intra * L_intra + args.cross * L_cross + args.kd * L_kd
-            cosine = .5 + .5 * math.cos(math.pi * (epoch + step / args.iters) / args.epochs)
-            factor = .1 ** (epoch // args.lr_drop) if args.lr_drop else cosine
-            optimizer.param_groups[0]["lr"] = args.lr * factor
+            loss = args.base * L_base + args.intra * L_intra
+            loss = loss + args.cross * L_cross + args.kd * L_kd
+            lr = common.learning_rate(args, epoch + step / args.iters, args.epochs)
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             common.average_gradients(optimizer)  # of several GPUs; does nothing on one
@@ -297,10 +320,11 @@ def main(argv=None):
             common.update_memory(cluster_memory, f, k, args.momentum, K)
             if args.refine != "none":
                 common.update_memory(group_memory, f, group, GROUP_MOMENTUM, K)
-            means.add(base=L_base, intra=L_intra, cross=L_cross, kd=L_kd)
+            loss_means.add(base=L_base, intra=L_intra, cross=L_cross, kd=L_kd)
 
         # ---- 6 report, evaluate, save; the last epoch is the result
-        losses, quality = means.values(epoch + 1), common.label_quality(labels, train.pids)
+        losses = loss_means.values(epoch + 1)
+        quality = common.label_quality(labels, train.pids)
         due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
         scores = common.test(model, test_set) if due else {}
         log.epoch(f"epoch {epoch + 1}/{args.epochs}", quality, losses, scores, epoch=epoch + 1,

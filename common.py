@@ -573,6 +573,14 @@ def update_memory(memory, features, labels, momentum, k):
         memory[y] = F.normalize(momentum * memory[y] + (1 - momentum) * features[r::k])
 
 
+def learning_rate(args, done, epochs):
+    """--lr when `done` of all epochs are over, a fraction within one: a tenth after every --lr-drop
+    epochs, or with --lr-drop 0 along half a cosine down to 0."""
+    if args.lr_drop:
+        return args.lr * .1 ** (int(done) // args.lr_drop)
+    return args.lr * (.5 + .5 * math.cos(math.pi * done / epochs))
+
+
 def label_quality(labels, pids):
     """How well pseudo labels (N,) match true ids (N,), which training never uses -> dict: clusters;
     outliers; ARI and NMI, each outlier as its own cluster; purity, the share of clustered images

@@ -49,7 +49,6 @@ Run
 """
 
 import copy
-import math
 import os
 
 import common  # before torch: Ctrl-C during the imports is quiet
@@ -58,12 +57,14 @@ import torch.nn.functional as F
 from scipy.sparse import csr_array
 
 SETTINGS = {  # defaults of the flags; tests/RESULTS.md says how the toy set's were chosen
-    "toy": dict(arch="small", weights="none", size=(96, 48), eps=.45, k1=20, epochs=20, iters=24,
-                batch_size=64, num_instances=4, lr=1e-3, lr_drop=0, bn_splits=1, eval_every=5,
-                teacher_bn="running"),  # D4
-    "market1501": dict(arch="resnet50", weights="imagenet", size=(256, 128), eps=.6, k1=30,
-                       epochs=50, iters=200, batch_size=256, num_instances=16, lr=3.5e-4,
-                       lr_drop=20, bn_splits=4, eval_every=10, teacher_bn="batch")}
+    "toy": dict(
+        arch="small", weights="none", size=(96, 48), eps=.45, k1=20,
+        epochs=20, iters=24, batch_size=64, num_instances=4, lr=1e-3, lr_drop=0,
+        bn_splits=1, eval_every=5, teacher_bn="running"),  # D4
+    "market1501": dict(
+        arch="resnet50", weights="imagenet", size=(256, 128), eps=.6, k1=30,
+        epochs=50, iters=200, batch_size=256, num_instances=16, lr=3.5e-4, lr_drop=20,
+        bn_splits=4, eval_every=10, teacher_bn="batch")}
 SETTINGS["toy-source"] = SETTINGS["toy"]
 SETTINGS["msmt17"] = dict(SETTINGS["market1501"], iters=400, eps=.7)
 WEIGHT_DECAY = 5e-4
@@ -72,32 +73,38 @@ STUDENT_FLAGS = "teacher", "mu", "teacher_bn"  # of the student; a teacher ignor
 
 def get_args(argv=None):
     number, parser = common.number, common.Parser(__doc__)
-    add = parser.add_argument_group("paper (default / published); weight 0: off").add_argument
-    add("--stage", choices=("both", "teacher", "student"), default="both", help="a stage that is "
-        "finished in OUT is skipped (%(default)s)")
-    add("--teacher", help="folder of a finished teacher, used instead of a new one (that of "
-        "a run with the same flags but those of the student, or OUT/teacher)")
-    add("--l1", type=number(float, 0, .49), default=.15, help="weight of each half's distance "
-        "(%(default)s / 0.15)")
-    add("--l2", type=number(float, 0, 1), default=.2, help="weight of each half's loss "
-        "(%(default)s / 0.2)")
-    add("--mu", type=number(float, 0), default=1, help="weight of distillation; 0: the teacher "
-        "provides only the labels and memories of the first round (%(default)s / 1)")  # D3
-    add("--teacher-bn", choices=("batch", "running"), help="batch-norm statistics that the "
-        "teacher uses: the batch's or its running ones (%(default)s / batch)")
+    title = "paper (default / published); weight 0: off"
+    add = parser.add_argument_group(title).add_argument
+    add("--stage", choices=("both", "teacher", "student"), default="both",
+        help="a stage that is finished in OUT is skipped (%(default)s)")
+    add("--teacher",
+        help="folder of a finished teacher, used instead of a new one (that of a run "
+        "with the same flags but those of the student, or OUT/teacher)")
+    add("--l1", type=number(float, 0, .49), default=.15,
+        help="weight of each half's distance (%(default)s / 0.15)")
+    add("--l2", type=number(float, 0, 1), default=.2,
+        help="weight of each half's loss (%(default)s / 0.2)")
+    add("--mu", type=number(float, 0), default=1,  # D3
+        help="weight of distillation; 0: the teacher provides only the labels and "
+        "memories of the first round (%(default)s / 1)")
+    add("--teacher-bn", choices=("batch", "running"),
+        help="batch-norm statistics that the teacher uses: the batch's or its running "
+        "ones (%(default)s / batch)")
     add("--temp", type=number(float, 1e-3), default=.05, help="tau (%(default)s / 0.05)")
     add("--momentum", type=number(float, 0, 1), default=.1,
         help="a in the memory update m <- a m + (1 - a) f (%(default)s / 0.1)")
-    add("--eps", type=number(float, 0, 1), help="DBSCAN's radius; lower it when clusters mix "
-        "people, raise it when most images are outliers (%(default)s / 0.6, MSMT17 0.7)")
-    add("--k1", type=number(int, 1), help="neighbours in the Jaccard distance, about as many "
-        "as a person has images (%(default)s / 30)")
+    add("--eps", type=number(float, 0, 1),
+        help="DBSCAN's radius; lower it when clusters mix people, raise it when most "
+        "images are outliers (%(default)s / 0.6, MSMT17 0.7)")
+    add("--k1", type=number(int, 1),
+        help="neighbours in the Jaccard distance, about as many as a person has images "
+        "(%(default)s / 30)")
     common.add_schedule_flags(parser, SETTINGS["market1501"])
     common.add_run_flags(parser)
     args = common.parse(parser, argv, "mskd", SETTINGS, STUDENT_FLAGS)
     if args.teacher and args.stage == "teacher":
-        raise common.Problem("--teacher names a finished teacher, so --stage teacher has nothing "
-                             "to do (leave one of them out)")
+        raise common.Problem("--teacher names a finished teacher, so --stage teacher "
+                             "has nothing to do (leave one of them out)")
     common.check_stripes(args.size[0], common.map_rows(args.arch, args.size), 2)
     return args
 
@@ -141,19 +148,21 @@ def load_teacher(folder, args):
     finished teacher or differs in --data, --arch or --size."""
     path = os.path.join(folder, "last.pt")
     if not os.path.exists(path):
-        raise common.Problem(f"no teacher in {folder} (run --stage teacher, or name one with "
-                             "--teacher)")
+        raise common.Problem(f"no teacher in {folder} (run --stage teacher, or name one "
+                             "with --teacher)")
     teacher, state = common.load_encoder(path)
     if state.get("stage") != "teacher" or state["parts"] != 2:
-        raise common.Problem(f"{path} is no teacher of mskd.py (name the folder of one; that of a "
-                             "run OUT is OUT/teacher)")
+        raise common.Problem(f"{path} is no teacher of mskd.py (name the folder of one; "
+                             "that of a run OUT is OUT/teacher)")
     for flag in ("arch", "size", "data"):
-        if state[flag] != getattr(args, flag):
-            raise common.Problem(f"the teacher {path} has --{flag} {state[flag]}, not "
-                                 f"{getattr(args, flag)} (use the same, or name another --teacher)")
-    if state["epoch"] < state["epochs"]:
-        raise common.Problem(f"the teacher {path} stopped after epoch {state['epoch']} of "
-                             f"{state['epochs']} (finish it with --stage teacher --resume)")
+        theirs, ours = state[flag], getattr(args, flag)
+        if theirs != ours:
+            raise common.Problem(f"the teacher {path} has --{flag} {theirs}, not {ours} "
+                                 "(use the same, or name another --teacher)")
+    epoch, epochs = state["epoch"], state["epochs"]
+    if epoch < epochs:
+        raise common.Problem(f"the teacher {path} stopped after epoch {epoch} of {epochs} "
+                             "(finish it with --stage teacher --resume)")
     teacher.train(args.teacher_bn == "batch")  # D4
     return teacher.requires_grad_(False)
 
@@ -178,22 +187,28 @@ def train_stage(args, stage, out, teacher_folder=None):
     args.precision = common.precision(device, args.precision)
     args = copy.copy(args)
     args.stage = stage  # for the checkpoint
-    log = common.Log(out, device, args, free=STUDENT_FLAGS if stage == "teacher" else ())
+    free = STUDENT_FLAGS if stage == "teacher" else ()
+    log = common.Log(out, device, args, free=free)
     if log.finished:
         return log.finished["scores"]
-    teacher = load_teacher(teacher_folder, args).on(device, args) if teacher_folder else None
+    teacher = None
+    if teacher_folder:
+        teacher = load_teacher(teacher_folder, args).on(device, args)
     generator = common.seed_everything(args.seed)  # both stages start from the same network
 
     # ---- 0 data, network, optimiser
     train, images, test_set = common.read_data(args, device)
     cams, from_scratch = train.cams, args.weights == "none"
-    P, K = args.batch_size // args.num_instances, args.num_instances  # clusters, images of each
+    jitter = .5 if from_scratch else 0  # W
+    K = args.num_instances  # images of each of P clusters
+    P = args.batch_size // K
     model = common.Encoder(args.arch, args.weights, parts=2, pooling="gem").on(device, args)
     if model.parts != 2:  # after an edit of the line above: fail here, not after the warm-up
-        raise common.Problem("mixed_distance, the losses of train_stage and load_teacher are "
-                             "written for three views (edit them together)")
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
-                                 fused=device.type == "cuda")
+        raise common.Problem("mixed_distance, the losses of train_stage and load_teacher "
+                             "are written for three views (edit them together)")
+    fused = device.type == "cuda"
+    optimizer = torch.optim.Adam(
+        model.parameters(), args.lr, weight_decay=WEIGHT_DECAY, fused=fused)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     state = dict(generator=generator, model=model, optimizer=optimizer, scaler=scaler)
     resumed = log.restore(train, **state)
@@ -204,9 +219,13 @@ def train_stage(args, stage, out, teacher_folder=None):
             common.warm_up(model, images, cams, generator, args.warm_up)
             log.epoch("warmed up", scores=common.test(model, test_set))
 
-    first = -1 if teacher else 0  # the student's first round comes before its epoch 0
-    for epoch in range(resumed.get("epoch", first), args.epochs):
-        first_round = epoch < 0
+    extra = 1 if teacher else 0  # N1: the student's first round, which its epochs follow
+    rounds = extra + args.epochs
+    start = extra + resumed["epoch"] if resumed else 0
+    for r in range(start, rounds):
+        first_round, epoch = r < extra, r + 1 - extra
+        iters = args.iters * (2 if first_round else 1)
+        title = "first round" if first_round else f"epoch {epoch}/{args.epochs}"
 
         # ---- 1 features of three views: global, upper half, lower half
         network = teacher if first_round else model
@@ -215,29 +234,30 @@ def train_stage(args, stage, out, teacher_folder=None):
         fallback = labels if args.on_collapse == "skip" else None
 
         # ---- 2 pseudo labels: dense groups of images that share neighbours, views averaged
-        centred = common.centre_cameras(features, cams) if args.centre else features  # W
+        to_cluster = features                                                     # (3, N, D)
+        if args.centre:  # W
+            to_cluster = common.centre_cameras(features, cams)
         if args.true_ids:
             labels = common.renumber(train.pids)                                  # (N,)
         else:
-            distance = mixed_distance(centred, args.k1, args.l1)
+            distance = mixed_distance(to_cluster, args.k1, args.l1)
             labels = common.dbscan(distance, args.eps, at_least=P, instead=fallback)
 
         # ---- 4 memories: what an image is compared with, from step 1 (not centred, like a batch's)
         memory = common.cluster_means(features, labels)                           # (3, C, D)
-        y = torch.from_numpy(labels).to(device)
+        cluster_of = torch.from_numpy(labels).to(device)                          # (N,)
 
         # ---- 5 batches of P clusters x K images
         model.train()
-        means, iters = common.Means(), args.iters * (2 if first_round else 1)
+        loss_means = common.Means()
         batches = common.pk_batches(labels, cams, P, K, iters, generator)
-        title = "first round" if first_round else f"epoch {epoch + 1}/{args.epochs}"
         for step, index in log.steps(batches, title, iters):
             # 5a features of augmented images, in --bn-splits chunks as if on that many GPUs
-            batch = common.augment(common.take(images, index, device), generator,
-                                   jitter=.5 if from_scratch else 0)
+            batch = common.take(images, index, device)                            # (B, 3, H, W)
+            batch = common.augment(batch, generator, jitter=jitter)
             f = common.forward(model, batch, args.bn_splits)                      # (3, B, D)
             index = common.send(index, device)
-            k = y[index]                                                          # (B,)
+            k = cluster_of[index]                                                 # (B,)
             D_g = D_u = D_d = 0
 
             # 5b similarity to clusters, whose labels are noisy
@@ -249,12 +269,11 @@ def train_stage(args, stage, out, teacher_folder=None):
                 D_g, D_u, D_d = distillation_losses(f, t)
 
             # 5f total loss, step
-            loss = ((1 - args.l2) * (L_g + args.mu * D_g) + args.l2 * (L_u + args.mu * D_u)
-                    + args.l2 * (L_d + args.mu * D_d))
-            turn, turns = epoch - first, args.epochs - first  # N1
-            cosine = .5 + .5 * math.cos(math.pi * (turn + step / iters) / turns)
-            factor = .1 ** (turn // args.lr_drop) if args.lr_drop else cosine
-            optimizer.param_groups[0]["lr"] = args.lr * factor
+            loss = (1 - args.l2) * (L_g + args.mu * D_g)
+            loss = loss + args.l2 * (L_u + args.mu * D_u)
+            loss = loss + args.l2 * (L_d + args.mu * D_d)
+            lr = common.learning_rate(args, r + step / iters, rounds)
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             common.average_gradients(optimizer)  # of several GPUs; does nothing on one
@@ -265,13 +284,14 @@ def train_stage(args, stage, out, teacher_folder=None):
             if not first_round:
                 for v in range(len(memory)):
                     common.update_memory(memory[v], f[v], k, args.momentum, K)
-            means.add(L_g=L_g, L_u=L_u, L_d=L_d, D_g=D_g, D_u=D_u, D_d=D_d)
+            loss_means.add(L_g=L_g, L_u=L_u, L_d=L_d, D_g=D_g, D_u=D_u, D_d=D_d)
 
         # ---- 6 report, evaluate, save; the last epoch is the result D1
-        losses, quality = means.values(epoch + 1), common.label_quality(labels, train.pids)
-        due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
+        losses = loss_means.values(epoch)
+        quality = common.label_quality(labels, train.pids)
+        due = epoch % args.eval_every == 0 or epoch == args.epochs
         scores = common.test(model, test_set) if due else {}
-        log.epoch(title, quality, losses, scores, epoch=epoch + 1, keep=dict(state, labels=labels))
+        log.epoch(title, quality, losses, scores, epoch=epoch, keep=dict(state, labels=labels))
     return log.finish(scores, train, labels)
 
 

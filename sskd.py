@@ -53,13 +53,16 @@ import torch
 import torch.nn.functional as F
 
 SETTINGS = {  # defaults of the flags; D4
-    "toy": dict(source="toy-source", arch="small", weights="none", size=(96, 48), k1=20, rho=.015,
-                alpha=.9, temp=2, source_epochs=15, source_iters=24, epochs=10, iters=24,
-                batch_size=64, num_instances=4, lr=1e-3, lr_drop=0, bn_splits=1, eval_every=5),
-    "market1501": dict(source="msmt17", arch="resnet50", weights="imagenet", size=(256, 128), k1=20,
-                       rho=1.6e-3, alpha=.999, temp=1, source_epochs=80, source_iters=100,
-                       epochs=20, iters=400, batch_size=64, num_instances=4, lr=3.5e-4,
-                       lr_drop=1000, bn_splits=4, eval_every=5)}
+    "toy": dict(
+        source="toy-source", arch="small", weights="none", size=(96, 48), k1=20, rho=.015,
+        alpha=.9, temp=2, source_epochs=15, source_iters=24,
+        epochs=10, iters=24, batch_size=64, num_instances=4, lr=1e-3, lr_drop=0,
+        bn_splits=1, eval_every=5),
+    "market1501": dict(
+        source="msmt17", arch="resnet50", weights="imagenet", size=(256, 128), k1=20, rho=1.6e-3,
+        alpha=.999, temp=1, source_epochs=80, source_iters=100,
+        epochs=20, iters=400, batch_size=64, num_instances=4, lr=3.5e-4, lr_drop=1000,
+        bn_splits=4, eval_every=5)}
 SETTINGS["toy-source"] = dict(SETTINGS["toy"], source="toy")
 SETTINGS["msmt17"] = dict(SETTINGS["market1501"], source="market1501")
 WEIGHT_DECAY, SMOOTHING = 5e-4, .1  # SMOOTHING: share of a hard label spread over all classes
@@ -70,12 +73,14 @@ TARGET_FLAGS = ("sources", "nets", "id", "soft", "ms", "nuc", "alpha", "shared_v
 def get_args(argv=None):
     number, parser = common.number, common.Parser(__doc__)
     weight = number(float, 0)
-    add = parser.add_argument_group("paper (default / published); weight 0: off").add_argument
+    title = "paper (default / published); weight 0: off"
+    add = parser.add_argument_group(title).add_argument
     add("--source", help="the labelled data set, a folder or a name as in --data (%(default)s)")
-    add("--sources", help="folder of finished source networks, of any --seed (OUT/source, "
-        "or that of a run with the same flags of the source)")
-    add("--nets", type=number(int, 1, 9), default=3, help="n, number of networks; with 1, its own "
-        "copy is its peer (%(default)s / 3)")
+    add("--sources",
+        help="folder of finished source networks, of any --seed (OUT/source, or that of a "
+        "run with the same flags of the source)")
+    add("--nets", type=number(int, 1, 9), default=3,
+        help="n, number of networks; with 1, its own copy is its peer (%(default)s / 3)")
     add("--id", type=weight, default=.5, help="weight of L_id (%(default)s / 0.5)")
     add("--soft", type=weight, default=.5, help="weight of L_soft (%(default)s / 0.5)")
     add("--ms", type=weight, default=3, help="weight of L_ms (%(default)s / 3)")
@@ -83,11 +88,13 @@ def get_args(argv=None):
     add("--alpha", type=number(float, 0, 1), help="decay of slow copies (%(default)s / 0.999)")
     add("--shared-view", action="store_true", help="the same view for all networks")
     add("--temp", type=number(float, 1e-3), help="tau; higher: softer labels (%(default)s / 1)")
-    add("--rho", type=number(float, 1e-9, 1), help="share of all pairs, the closest ones, whose "
-        "mean distance is DBSCAN's radius; try images per person / all (%(default)s / 1.6e-3)")
+    add("--rho", type=number(float, 1e-9, 1),
+        help="share of all pairs, the closest ones, whose mean distance is DBSCAN's radius; "
+        "try images per person / all (%(default)s / 1.6e-3)")
     add("--eps", type=number(float, 0, 1), default=0, help="DBSCAN's radius; 0: from --rho (0)")
-    add("--k1", type=number(int, 1), help="neighbours in the Jaccard distance, about as many "
-        "as a person has images (%(default)s / 20)")
+    add("--k1", type=number(int, 1),
+        help="neighbours in the Jaccard distance, about as many as a person has images "
+        "(%(default)s / 20)")
     add("--source-epochs", type=number(int, 1), help="epochs on the source (%(default)s / 80)")
     add("--source-iters", type=number(int, 1), help="batches per source epoch (%(default)s / 100)")
     common.add_schedule_flags(parser, SETTINGS["market1501"])
@@ -96,7 +103,8 @@ def get_args(argv=None):
     if args.source == args.data:
         raise common.Problem(f"--source and --data are both {args.data} (name two data sets)")
     if not (args.id or args.soft or args.ms):
-        raise common.Problem("--id 0 --soft 0 --ms 0: no loss uses the labels (raise one of them)")
+        raise common.Problem("--id 0 --soft 0 --ms 0: no loss uses the labels "
+                             "(raise one of them)")
     return args
 
 
@@ -106,11 +114,15 @@ def get_args(argv=None):
 def adaptive_eps(distance, rho):
     """Step 2: mean of the smallest share `rho` of all distances between two images. Sparse (N, N):
     a pair that is not stored has distance 1. Duplicates do not count."""
-    n, row = distance.shape[0], common.per_entry(np.arange(distance.shape[0]), distance)
-    stored = distance.data[row < distance.indices]
+    n = distance.shape[0]
+    row = common.per_entry(np.arange(n), distance)
+    stored = distance.data[row < distance.indices]  # each pair once
     distinct = np.sort(stored[stored > common.DUPLICATE])
-    count = max(1, round(rho * (n * (n - 1) // 2 - (len(stored) - len(distinct)))))
-    return float((distinct[:count].sum(dtype=np.float64) + max(0, count - len(distinct))) / count)
+    duplicates = len(stored) - len(distinct)
+    count = max(1, round(rho * (n * (n - 1) // 2 - duplicates)))
+    closest = distinct[:count].sum(dtype=np.float64)
+    not_stored = max(0, count - len(distinct))  # each at distance 1
+    return float((closest + not_stored) / count)
 
 
 def soft_label_loss(z, soft):
@@ -128,8 +140,8 @@ def multi_similarity_loss(pooled, labels, threshold=.5, margin=.1, low=2., high=
     similarity = unit @ unit.T                                                    # (B, B)
     same = labels[:, None] == labels
     positive, negative = same & (similarity < 1 - 1e-5), ~same
-    hardest_positive = similarity.masked_fill(~positive, math.inf).min(1, keepdim=True).values
-    hardest_negative = similarity.masked_fill(~negative, -math.inf).max(1, keepdim=True).values
+    hardest_positive = similarity.masked_fill(~positive, math.inf).amin(1, keepdim=True)
+    hardest_negative = similarity.masked_fill(~negative, -math.inf).amax(1, keepdim=True)
     positive &= similarity - margin < hardest_negative
     negative &= similarity + margin > hardest_positive
 
@@ -137,7 +149,8 @@ def multi_similarity_loss(pooled, labels, threshold=.5, margin=.1, low=2., high=
         logits = (scale * (similarity - threshold)).masked_fill(~pairs, -math.inf)
         return F.pad(logits, (1, 0)).logsumexp(1) / abs(scale)                    # log(1 + ...)
     has_both = positive.any(1) & negative.any(1)
-    return torch.where(has_both, term(-low, positive) + term(high, negative), 0).mean()
+    loss = term(-low, positive) + term(high, negative)                            # (B,)
+    return torch.where(has_both, loss, 0).mean()
 
 
 def nuclear_norm_loss(z):
@@ -162,20 +175,25 @@ def soft_labels(slow, classifiers, views, camera_means, index, args):
         _, neck = common.forward(net, views[i], args.bn_splits, inside=True)      # (B, D)
         if camera_means is not None:
             length = neck.norm(dim=1, keepdim=True)
-            neck = F.normalize(F.normalize(neck) - camera_means[i, index]) * length
-        soft.append((neck @ classifiers[i].T / args.temp).softmax(1))             # (B, C)
+            neck = F.normalize(neck) - camera_means[i, index]
+            neck = F.normalize(neck) * length
+        z = neck @ classifiers[i].T / args.temp                                   # (B, C)
+        soft.append(z.softmax(1))
     return torch.stack(soft)
 
 
 def train_source(args, i, device, images):
     """Step 0: train network M_i on the people of the source, unless done before -> path of last.pt.
     The target's `images` are forwarded without gradient, so that batch norm sees them [code]."""
-    folder = os.path.join(args.sources or os.path.join(args.first_stage, "source"), str(i))
+    folder = args.sources or os.path.join(args.first_stage, "source")
+    folder = os.path.join(folder, str(i))
     path = os.path.join(folder, "last.pt")
     if args.sources and not os.path.exists(path):
-        raise common.Problem(f"no source network in {folder} (" + "lower --nets, or " * (i > 1)
-                             + "name an OUT/source)")
-    free = (*TARGET_FLAGS, "seed", "code", "precision") if args.sources else TARGET_FLAGS
+        remedy = "lower --nets, or " * (i > 1) + "name an OUT/source"
+        raise common.Problem(f"no source network in {folder} ({remedy})")
+    free = TARGET_FLAGS
+    if args.sources:
+        free = (*free, "seed", "code", "precision")
     log = common.Log(folder, device, args, "source_epochs", free)
     if log.finished:
         return path
@@ -184,41 +202,49 @@ def train_source(args, i, device, images):
     source_images = common.place(common.read_images(source, *args.size), device)
     labels = common.renumber(source.pids)
     if labels.min() < 0 or np.bincount(labels).max() < 2:
-        raise common.Problem(f"--source {args.source}: no person has two images (has it labels?)")
-    y = torch.from_numpy(labels).to(device)
+        raise common.Problem(f"--source {args.source}: no person has two images "
+                             "(has it labels?)")
+    person_of = torch.from_numpy(labels).to(device)                               # (N,)
     model = common.Encoder(args.arch, args.weights, parts=0, pooling="avg").on(device, args)
     classifier = torch.nn.Linear(model.width, labels.max() + 1, bias=False).to(device)
+    fused = device.type == "cuda"
     optimizer = torch.optim.Adam([*model.parameters(), *classifier.parameters()], args.lr,
-                                 weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
+                                 weight_decay=WEIGHT_DECAY, fused=fused)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    state = dict(generator=generator, model=model, classifier=classifier, optimizer=optimizer,
-                 scaler=scaler)
+    state = dict(generator=generator, model=model, classifier=classifier,
+                 optimizer=optimizer, scaler=scaler)
     resumed = log.restore(source, **state)
-    P, K = args.batch_size // args.num_instances, args.num_instances  # people, images of each
+    K = args.num_instances  # images of each of P people
+    P = args.batch_size // K
     model.train()
     for epoch in range(resumed.get("epoch", 0), args.source_epochs):
         done = (epoch + 1) / args.source_epochs
-        rise, drops = min(1, .01 + .99 * 8 * done), (done >= 1 / 2) + (done >= 7 / 8)  # [code]
+        rise = min(1, .01 + .99 * 8 * done)  # over the first eighth; [code], like the rest
+        drops = (1 if done >= 1 / 2 else 0) + (1 if done >= 7 / 8 else 0)
         optimizer.param_groups[0]["lr"] = args.lr * rise * .1 ** drops
-        means, title = common.Means(), f"source {i}, {epoch + 1}"
+        loss_means, title = common.Means(), f"source {i}, {epoch + 1}"
         batches = common.pk_batches(labels, source.cams, P, K, args.source_iters, generator)
         for _, index in log.steps(batches, title, args.source_iters):
             target = torch.randperm(len(images), generator=generator)[:len(index)]
-            batch = common.augment(common.take(images, target, device), generator, erase=0)
+            batch = common.take(images, target, device)
+            batch = common.augment(batch, generator, erase=0)
             with torch.no_grad():
                 common.forward(model, batch, args.bn_splits)
-            batch = common.augment(common.take(source_images, index, device), generator, erase=0)
-            pooled, neck = common.forward(model, batch, args.bn_splits, inside=True)  # (B, D) each
-            z, k = classifier(neck) / args.temp, y[common.send(index, device)]    # (B, C), (B,)
-            loss = (F.cross_entropy(z, k, label_smoothing=SMOOTHING)
-                    + multi_similarity_loss(pooled, k) + 2 * nuclear_norm_loss(z))  # [code]
+
+            batch = common.take(source_images, index, device)
+            batch = common.augment(batch, generator, erase=0)
+            pooled, neck = common.forward(model, batch, args.bn_splits, inside=True)
+            z = classifier(neck) / args.temp                                      # (B, C)
+            k = person_of[common.send(index, device)]                             # (B,)
+            loss = F.cross_entropy(z, k, label_smoothing=SMOOTHING)  # its terms: [code]
+            loss = loss + multi_similarity_loss(pooled, k) + 2 * nuclear_norm_loss(z)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             common.average_gradients(optimizer)  # of several GPUs; does nothing on one
             scaler.step(optimizer)  # in fp16, a step whose gradients overflow is skipped
             scaler.update()
-            means.add(source=loss)
-        losses = means.values(epoch + 1)
+            loss_means.add(source=loss)
+        losses = loss_means.values(epoch + 1)
         log.epoch(title, losses=losses, epoch=epoch + 1, keep=dict(state, labels=labels))
     return path
 
@@ -234,11 +260,15 @@ def main(argv=None):
     # ---- 0 data, source networks M, slow copies E
     train, images, test_set = common.read_data(args, device)
     cams, from_scratch = train.cams, args.weights == "none"
-    P, K = args.batch_size // args.num_instances, args.num_instances  # clusters, images of each
+    jitter = .5 if from_scratch else 0  # W
+    K = args.num_instances  # images of each of P clusters
+    P = args.batch_size // K
     paths = [train_source(args, i + 1, device, images) for i in range(args.nets)]
     generator = common.seed_everything(args.seed)  # gives the same run with sources trained earlier
-    students = torch.nn.ModuleList(common.load_encoder(path)[0].on(device, args) for path in paths)
-    slow = copy.deepcopy(students).requires_grad_(False)  # students: M_1..M_n; slow: E_1..E_n
+    networks = [common.load_encoder(path)[0].on(device, args) for path in paths]
+    students = torch.nn.ModuleList(networks)  # M_1..M_n
+    slow = copy.deepcopy(students).requires_grad_(False)  # E_1..E_n
+    fused = device.type == "cuda"
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     state = dict(generator=generator, students=students, slow=slow, scaler=scaler)
     resumed = log.restore(train, **state)
@@ -248,49 +278,55 @@ def main(argv=None):
 
     for epoch in range(resumed.get("epoch", 0), args.epochs):
         # ---- 1 features: the mean of the slow copies
-        every = torch.stack([common.extract_features(net, images) for net in slow])  # (n, N, D)
-        features = F.normalize(every.sum(0))                                      # (N, D)
+        by_network = [common.extract_features(net, images) for net in slow]
+        by_network = torch.stack(by_network)                                      # (n, N, D)
+        features = F.normalize(by_network.sum(0))                                 # (N, D)
 
         fallback = labels if args.on_collapse == "skip" else None
 
         # ---- 2 pseudo labels: dense groups of images that share neighbours
-        centred = common.centre_cameras(every, cams) if args.centre else every  # W
-        centred = F.normalize(centred.sum(0))                                     # (N, D)
+        to_cluster = features                                                     # (N, D)
+        if args.centre:  # W
+            to_cluster = F.normalize(common.centre_cameras(by_network, cams).sum(0))
         if args.true_ids:
             labels, radius = common.renumber(train.pids), 0                       # (N,)
         else:
-            distance = common.jaccard_distance(centred, args.k1)
-            radius = args.eps or (adaptive_eps(distance, args.rho) if epoch == 0 else radius)
+            distance = common.jaccard_distance(to_cluster, args.k1)
+            if epoch == 0:
+                radius = args.eps or adaptive_eps(distance, args.rho)
             labels = common.dbscan(distance, radius, at_least=P, instead=fallback,
                                    flag="--eps" if args.eps else "--rho")
 
         # ---- 4 classifiers of every network and every copy: the clusters' unit means
         centroids = common.cluster_means(features, labels)                        # (C, D)
         classifiers = [centroids.clone().requires_grad_() for _ in students]  # D1
-        slow_classifiers = [common.cluster_means(centred, labels) for _ in slow]
-        camera_means = common.camera_means(every, cams) if args.centre else None  # (n, N, D)
+        slow_classifiers = [common.cluster_means(to_cluster, labels) for _ in slow]
+        camera_means = None
+        if args.centre:
+            camera_means = common.camera_means(by_network, cams)                  # (n, N, D)
         optimizer = torch.optim.Adam([*classifiers, *students.parameters()], args.lr,
-                                     weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
-        y = torch.from_numpy(labels).to(device)
+                                     weight_decay=WEIGHT_DECAY, fused=fused)
+        cluster_of = torch.from_numpy(labels).to(device)                          # (N,)
 
         # ---- 5 batches of P clusters x K images
         students.train()
         slow.train()  # they normalise by the batch, as the networks do [code]
-        means = common.Means()
+        loss_means = common.Means()
         batches = common.pk_batches(labels, cams, P, K, args.iters, generator)
         for step, index in log.steps(batches, f"epoch {epoch + 1}", args.iters):
             # 5a augmented views of the same images, one for each network and its copy
-            views = [common.augment(common.take(images, index, device), generator,
-                                    jitter=.5 if from_scratch else 0)
+            batch = common.take(images, index, device)                            # (B, 3, H, W)
+            views = [common.augment(batch, generator, jitter=jitter)
                      for _ in range(1 if args.shared_view else args.nets)]
             views *= args.nets // len(views)
             index = common.send(index, device)
-            k = y[index]                                                          # (B,)
+            k = cluster_of[index]                                                 # (B,)
 
             # 5c soft labels: related clusters, predicted by the slow copies without gradient
             soft = soft_labels(slow, slow_classifiers, views, camera_means, index, args)
             own_weight = soft.gather(2, k.expand(args.nets, -1)[:, :, None])      # only logged
-            means.add(entropy=torch.special.entr(soft).sum(2).mean(), own=own_weight.mean())
+            entropy = torch.special.entr(soft).sum(2)
+            loss_means.add(entropy=entropy.mean(), own=own_weight.mean())
             optimizer.zero_grad()
             for i in range(args.nets):
                 pooled, neck = common.forward(students[i], views[i], args.bn_splits, inside=True)
@@ -308,12 +344,12 @@ def main(argv=None):
                     L_nuc = nuclear_norm_loss(z)
 
                 # 5f total loss of each network, then one step of all
-                loss = args.id * L_id + args.soft * L_soft + args.ms * L_ms + args.nuc * L_nuc
+                loss = args.id * L_id + args.soft * L_soft
+                loss = loss + args.ms * L_ms + args.nuc * L_nuc
                 scaler.scale(loss).backward()  # D2
-                means.add(id=L_id, soft=L_soft, ms=L_ms, nuc=L_nuc)
-            cosine = .5 + .5 * math.cos(math.pi * (epoch + step / args.iters) / args.epochs)
-            factor = .1 ** (epoch // args.lr_drop) if args.lr_drop else cosine
-            optimizer.param_groups[0]["lr"] = args.lr * factor
+                loss_means.add(id=L_id, soft=L_soft, ms=L_ms, nuc=L_nuc)
+            lr = common.learning_rate(args, epoch + step / args.iters, args.epochs)
+            optimizer.param_groups[0]["lr"] = lr
             common.average_gradients(optimizer)  # of several GPUs; does nothing on one
             scaler.step(optimizer)  # in fp16, a step whose gradients overflow is skipped
             scaler.update()
@@ -325,12 +361,14 @@ def main(argv=None):
                 follow(slow_classifiers, classifiers, alpha_t)
 
         # ---- 6 report, evaluate, save; the first slow copy of the last epoch is the result D3
-        losses, quality = means.values(epoch + 1), common.label_quality(labels, train.pids)
+        losses = loss_means.values(epoch + 1)
+        quality = common.label_quality(labels, train.pids)
         losses.update(soft_clusters=math.exp(losses.pop("entropy")), soft_own=losses.pop("own"))
         due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
         scores = common.test(slow[0], test_set) if due else {}
-        log.epoch(f"epoch {epoch + 1}/{args.epochs}", quality, losses, scores, epoch=epoch + 1,
-                  eps=radius, keep=dict(state, model=slow[0], labels=labels, radius=radius))
+        keep = dict(state, model=slow[0], labels=labels, radius=radius)
+        log.epoch(f"epoch {epoch + 1}/{args.epochs}", quality, losses, scores,
+                  epoch=epoch + 1, eps=radius, keep=keep)
     return log.finish(scores, train, labels)
 
 
