@@ -42,10 +42,11 @@ Run
 
 import math
 
-import common  # before torch: Ctrl-C during the imports is quiet
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+import common
 
 SETTINGS = {  # defaults of the flags; tests/RESULTS.md says how the toy set's were chosen
     "toy": dict(

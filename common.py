@@ -31,35 +31,26 @@ import json
 import math
 import os
 import platform
-import random
 import re
 import runpy
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from typing import NamedTuple
 
-# Ctrl-C while torch is imported ends a program without a traceback
-sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
-
 import numpy as np
-import sklearn
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from scipy.sparse import csr_array, vstack
-from sklearn import metrics
-from sklearn.cluster import DBSCAN
-from sklearn.neighbors import sort_graph_by_row_values
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -336,6 +327,7 @@ class Encoder(nn.Module):
 
 def resnet_backbone(arch, weights):
     """-> a torchvision ResNet up to its last map, with the last stride 1 instead of 2."""
+    import torchvision  # takes 3 s, which --help need not
     net = getattr(torchvision.models, arch.removesuffix("-layer3"))()
     if weights != "none":
         load_weights(net, arch, weights)
@@ -459,27 +451,35 @@ def neighbour_vectors(features, k1, k2=6):
     Jaccard distance compares two rows."""
     check_features(features)
     rank = nearest(features, k1)
-    return reciprocal_vectors(features, rank, k1, k2, lambda cosine, _: np.exp(2 * cosine - 2))
+    vectors = reciprocal_neighbours(rank, k1)
+    vectors.data = np.exp(2 * cosines(features, vectors) - 2)
+    return spread(vectors, rank, k2)
 
 
-def reciprocal_vectors(features, rank, k1, k2, weigh):
-    """The vectors V of k-reciprocal encoding (Zhong et al., CVPR 2017) as a sparse (N, N) matrix.
+def reciprocal_neighbours(rank, k1):
+    """The sets R* of k-reciprocal encoding (Zhong et al., CVPR 2017): a ranking from nearest() ->
+    sparse (N, N), whose stored entries of row i are R*(i, k1).
 
-    rank: from nearest(). R(i, k), the k-reciprocal neighbours: i, and those among the first k
-    others in its ranking that have i among theirs. R(i, k1) is extended by R(c, k1/2) of each
-    member c if more than 2/3 of that lies in R(i, k1). V_i spreads a weight of 1 over this set, by
-    weigh(cosine, V) per stored entry; then V_i becomes the mean of V over i's first k2.
+    R(i, k), the k-reciprocal neighbours: i, and those among the first k others in its ranking that
+    have i among theirs. R(i, k1) is extended to R*(i, k1) by R(c, k1/2) of each member c if more
+    than 2/3 of that lies in R(i, k1).
     """
     def mutual(k):
         graph = first_columns(rank, k)
         return graph.multiply(graph.T)
     wide, close = mutual(k1 + 1), mutual(round(k1 / 2) + 1)
-    shared = (wide @ close.T).multiply(wide)    # |R(c, k1/2) in R(i, k1)| for c in R(i, k1)
-    shared.data = (3 * shared.data > 2 * np.diff(close.indptr)[shared.indices]).astype(np.float32)
-    shared.eliminate_zeros()
-    vectors = wide + shared @ close
-    vectors.sort_indices()
-    vectors.data = weigh(cosines(features, vectors), vectors)
+    accepted = (wide @ close.T).multiply(wide)  # for c in R(i, k1): |R(c, k1/2) in R(i, k1)|
+    overlap, size = accepted.data, np.diff(close.indptr)[accepted.indices]
+    accepted.data = (3 * overlap > 2 * size).astype(np.float32)
+    accepted.eliminate_zeros()
+    found = wide + accepted @ close
+    found.sort_indices()
+    return found
+
+
+def spread(vectors, rank, k2):
+    """The vectors V of k-reciprocal encoding: sparse (N, N) weights of neighbours -> sparse (N, N),
+    each row scaled to sum 1, then the mean of the rows of its image's first k2."""
     vectors.data /= per_entry(vectors.sum(1), vectors)
     if k2 > 1:
         nearby = first_columns(rank, k2)
@@ -526,6 +526,8 @@ def dbscan(distance, eps, min_samples=4, at_least=2, instead=None, flag="--eps")
     `at_least` clusters, returns the labels `instead` with a warning or, if there are none, raises
     Problem, which advises to change `flag`.
     """
+    from sklearn.cluster import DBSCAN
+    from sklearn.neighbors import sort_graph_by_row_values
     graph = sort_graph_by_row_values(distance, copy=True, warn_when_not_sorted=False)
     at_least = max(at_least, 2) if at_least else 0  # one cluster has nothing to be told from
     method = DBSCAN(eps=eps + 1e-5, min_samples=min_samples, metric="precomputed")
@@ -568,9 +570,10 @@ def update_memory(memory, features, labels, momentum, k):
     memory (C, D), features (B, D); labels (B,): clusters of a batch of pk_batches(), or groups in
     them. The r-th images of all clusters differ in their labels, so they are updated in one step.
     """
+    labels, features = labels.view(-1, k), features.view(-1, k, features.shape[1])
     for r in range(k):
-        y = labels[r::k]
-        memory[y] = F.normalize(momentum * memory[y] + (1 - momentum) * features[r::k])
+        y, f = labels[:, r], features[:, r]
+        memory[y] = F.normalize(momentum * memory[y] + (1 - momentum) * f)
 
 
 def learning_rate(args, done, epochs):
@@ -585,6 +588,7 @@ def label_quality(labels, pids):
     """How well pseudo labels (N,) match true ids (N,), which training never uses -> dict: clusters;
     outliers; ARI and NMI, each outlier as its own cluster; purity, the share of clustered images
     with the most frequent id of their cluster. Without ids, only the first two."""
+    from sklearn import metrics
     inside = labels >= 0
     if (pids < 0).all():
         return dict(clusters=int(labels.max()) + 1, outliers=int((~inside).sum()))
@@ -1306,6 +1310,7 @@ def what_is(path):
 def load_weights(net, arch, weights):
     """--weights: "imagenet" or a FILE in torchvision's format -> into the whole ResNet `net`."""
     if weights == "imagenet":
+        import torchvision
         url = torchvision.models.get_model_weights(arch.removesuffix("-layer3")).IMAGENET1K_V1.url
         try:
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
@@ -1692,7 +1697,6 @@ def check_kernels(device):
 
 def seed_everything(seed):
     """Same seed, same machine, same numbers. -> the CPU generator that draws batches and crops."""
-    random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = False
@@ -1997,7 +2001,7 @@ def header(device, args):
     except OSError:  # no git here
         git = None
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                    torchvision=torchvision.__version__, sklearn=sklearn.__version__)
+                    torchvision=version("torchvision"), sklearn=version("scikit-learn"))
     return json.dumps(dict(args=args, device=str(device), ranks=RANKS,
                            threads=torch.get_num_threads(),
                            commit=git.stdout.strip() if git else "", **versions)) + "\n"
@@ -2111,24 +2115,12 @@ def join_ranks(device):
 
 def as_one(main):
     """Call main() so that the ranks behave like one program: only rank 0 prints, and only the first
-    rank that fails reports its error; torchrun ends the others. A rank that waits for a lost
-    rank does not notice a signal, so a thread ends it 5 seconds after the signal."""
+    rank that fails reports its error; torchrun ends the others."""
     if not TORCHRUN:
         return main()
     store, screen, silence = next(dist.rendezvous("env://"))[0], sys.stderr, open(os.devnull, "w")
     lost = ("lost a rank, finished epochs are kept; go on with: "
             f"{LAUNCH} {shlex.join(word for word in sys.argv if word != '--resume')} --resume")
-    heard, bell = os.pipe()
-    os.set_blocking(bell, False)
-    signal.set_wakeup_fd(bell)  # gets a byte for every signal
-
-    def leave():
-        os.read(heard, 1)
-        time.sleep(5)
-        if store.add("failed", 1) == 1:
-            print("error:", lost, file=screen, flush=True)
-        os._exit(130)
-    threading.Thread(target=leave, daemon=True).start()
     if RANK:
         sys.stdout = sys.stderr = silence
     try:

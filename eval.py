@@ -22,9 +22,10 @@ import math
 import os
 import sys
 
-import common  # before torch: Ctrl-C during the imports is quiet
 import numpy as np
 import torch
+
+import common
 
 sys.path.insert(0, os.path.join(common.HERE, "tests"))
 import lesson  # noqa: E402  the report's first chapter, tests/lesson.py
@@ -48,11 +49,11 @@ def rerank(query_features, gallery_features, k1=20, k2=6, lam=.3, block=256):
         smallest[start:start + block].clamp_(max=cosine.min(1).values)
         smallest[start:].clamp_(max=cosine.min(0).values)
     farthest = (2 - 2 * smallest).clamp(min=1e-12).cpu().numpy()                  # (Q + G,)
-
-    def weigh(cosine, vectors):
-        return np.exp(-(2 - 2 * cosine) / common.per_entry(farthest, vectors))
-
-    vectors = common.reciprocal_vectors(features, common.nearest(features, k1 + 1), k1, k2, weigh)
+    rank = common.nearest(features, k1 + 1)
+    vectors = common.reciprocal_neighbours(rank, k1)
+    euclid = 2 - 2 * common.cosines(features, vectors)
+    vectors.data = np.exp(-euclid / common.per_entry(farthest, vectors))
+    vectors = common.spread(vectors, rank, k2)
     q = len(query_features)
     shared = common.overlaps(vectors[:q], vectors[q:], block)
     for start, overlap in zip(range(0, q, block), shared):

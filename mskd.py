@@ -51,10 +51,11 @@ Run
 import copy
 import os
 
-import common  # before torch: Ctrl-C during the imports is quiet
 import torch
 import torch.nn.functional as F
 from scipy.sparse import csr_array
+
+import common
 
 SETTINGS = {  # defaults of the flags; tests/RESULTS.md says how the toy set's were chosen
     "toy": dict(

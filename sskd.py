@@ -47,10 +47,11 @@ import copy
 import math
 import os
 
-import common  # before torch: Ctrl-C during the imports is quiet
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+import common
 
 SETTINGS = {  # defaults of the flags; D4
     "toy": dict(

@@ -383,7 +383,7 @@ def find_examples(e, mutual):
 
 def neighbourhood(rank, wide, i):
     """-> the first neighbours of image i in order; which of them are mutual, bool; and the images
-    that the expansion adds. wide: sparse (N, N), reciprocal_vectors() before the mean over k2."""
+    that the expansion adds. wide: sparse (N, N), reciprocal_neighbours()."""
     order = rank[i][1:]
     mutual = (rank[order] == i).any(1)
     members = wide.indices[wide.indptr[i]:wide.indptr[i + 1]]
@@ -418,7 +418,7 @@ def draw_neighbours(e):
     rank = common.nearest(e.centred, k1)
     nearest = common.first_columns(rank, rank.shape[1])
     mutual = nearest.multiply(nearest.T).tocsr()
-    wide = common.reciprocal_vectors(e.centred, rank, k1, 1, lambda cosine, _: np.ones_like(cosine))
+    wide = common.reciprocal_neighbours(rank, k1)
     vectors = common.neighbour_vectors(e.centred, k1)
     distance = common.jaccard_distance(e.centred, k1) if e.page is mskd else e.distance
     body = ""

@@ -340,7 +340,7 @@ def test_jaccard_distance_does_not_depend_on_blocks_and_can_be_cut():
     expected[expected > .5] = 1
     np.testing.assert_array_equal(slow.dense(cut), expected)
     assert cut.nnz < whole.nnz < 300 ** 2                          # sparse, and the cut is sparser
-    v = common.reciprocal_vectors(features, rank, 20, 6, lambda cosine, _: np.exp(2 * cosine - 2))
+    v = common.neighbour_vectors(features, 20, 6)
     np.testing.assert_allclose(v.sum(1), 1, rtol=1e-5)
     dense = v.toarray()
     blocks = [part.toarray() for part in common.overlaps(v[:50], v, block=16)]

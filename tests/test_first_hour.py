@@ -527,21 +527,6 @@ def test_an_absurd_folder_is_one_line(tiny, tmp_path, capsys):
         assert "cannot be written" in says and "--out" in says
 
 
-def test_ctrl_c_during_imports(tmp_path):
-    """The signal comes while torch is imported: the end, without a traceback."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, signal, sys\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "class Stop:\n"
-        "    def find_spec(self, name, *_):\n"
-        "        if name == 'torch':\n"
-        "            os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.meta_path.insert(0, Stop())\n")
-    done = subprocess.run([sys.executable, os.path.join(HERE, "ccsd.py"), "--help"], text=True,
-                          capture_output=True, env=dict(os.environ, PYTHONPATH=str(tmp_path)))
-    assert done.returncode in (130, -signal.SIGINT) and not done.stderr, done.stderr
-
-
 def test_nothing_is_left_open(tiny, tmp_path):
     done = subprocess.run([sys.executable, "-W", "error::ResourceWarning", "-X", "dev",
                            os.path.join(HERE, "ccsd.py"), *short(tiny, tmp_path, *FEW)], text=True,
