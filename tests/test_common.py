@@ -5,7 +5,6 @@ import contextlib
 import json
 import math
 import os
-import random
 import re
 
 import numpy as np
@@ -139,7 +138,7 @@ def test_a_backbone_is_one_line_of_archs(tiny, tmp_path, monkeypatch, capsys):
     """The README's, with a stride of 32: a map of 3 rows at a height of 96 has no halves."""
     lines = [line for line in code_of("README.md") if line.startswith('"')]
     assert len(lines) == 2
-    more = eval("{" + ", ".join(lines) + "}", vars(common))
+    more = eval("{" + ", ".join(lines) + "}", dict(vars(common), torchvision=torchvision))
     names = [common.running_code(common)]
     for name, line in more.items():
         monkeypatch.setitem(common.ARCHS, name, line)
