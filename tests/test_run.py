@@ -10,7 +10,7 @@ import pytest
 import slow
 import torch
 from conftest import (HERE, draw, losses, permuted_ids, program, refusal, same_weights, short,
-                      unit, weights)
+                      start, unit, weights)
 
 import ccsd
 import common
@@ -23,7 +23,7 @@ import sskd
 def finished(tiny, tmp_path_factory):
     """One short run of ccsd.py as a program."""
     out = tmp_path_factory.mktemp("runs") / "one"
-    return out, program("ccsd.py", *short(tiny, out))
+    return out, start("ccsd.py", *short(tiny, out))
 
 
 def test_end_to_end(finished):
@@ -190,7 +190,7 @@ def test_every_command_of_the_readme_parses():
 
 @pytest.mark.parametrize("page", ["ccsd.py", "mskd.py", "sskd.py", "eval.py"])
 def test_help(page):
-    done = program(page, "--help")
+    done = start(page, "--help")
     assert done.returncode == 0 and "--data" in done.stdout and "(None" not in done.stdout
 
 
