@@ -245,6 +245,7 @@ def main(argv=None):
         group_memory = common.cluster_means(features, groups)                     # (G, D)
         y, g, parent, camera, table = (
             torch.from_numpy(array).to(device) for array in (labels, groups, parent, camera, table))
+        del features, centred  # N x D values, whose memory the steps need
 
         # ---- 5 batches of P clusters x K images
         model.train()

@@ -154,15 +154,16 @@ def follow(slow, fast, alpha):
 
 
 @torch.no_grad()
-def soft_labels(slow, classifiers, views, camera_means, index, args):
+def soft_labels(slow, classifiers, views, camera_means, v, args):
     """Step 5c: the prediction of each slow copy for its view -> distributions (n, B, C). W: if
-    camera_means (n, N, D) are given, the image's is subtracted from the direction of b(x)."""
+    camera_means (n, V, D) are given, that of the image's camera, v (B,), is subtracted from the
+    direction of b(x)."""
     soft = []
     for i, net in enumerate(slow):
         _, neck = common.forward(net, views[i], args.bn_splits, inside=True)      # (B, D)
         if camera_means is not None:
             length = neck.norm(dim=1, keepdim=True)
-            neck = F.normalize(F.normalize(neck) - camera_means[i, index]) * length
+            neck = F.normalize(F.normalize(neck) - camera_means[i, v]) * length
         soft.append((neck @ classifiers[i].T / args.temp).softmax(1))             # (B, C)
     return torch.stack(soft)
 
@@ -267,10 +268,11 @@ def main(argv=None):
         centroids = common.cluster_means(features, labels)                        # (C, D)
         classifiers = [centroids.clone().requires_grad_() for _ in students]  # D1
         slow_classifiers = [common.cluster_means(centred, labels) for _ in slow]
-        camera_means = common.camera_means(every, cams) if args.centre else None  # (n, N, D)
+        camera_means = common.camera_means(every, cams) if args.centre else None  # (n, V, D)
         optimizer = torch.optim.Adam([*classifiers, *students.parameters()], args.lr,
                                      weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
-        y = torch.from_numpy(labels).to(device)
+        y, camera = (torch.from_numpy(array).to(device) for array in (labels, cams))
+        del every, features, centred  # N x D values, whose memory the steps need
 
         # ---- 5 batches of P clusters x K images
         students.train()
@@ -284,10 +286,10 @@ def main(argv=None):
                      for _ in range(1 if args.shared_view else args.nets)]
             views *= args.nets // len(views)
             index = common.send(index, device)
-            k = y[index]                                                          # (B,)
+            k, v = y[index], camera[index]                                        # (B,), (B,)
 
             # 5c soft labels: related clusters, predicted by the slow copies without gradient
-            soft = soft_labels(slow, slow_classifiers, views, camera_means, index, args)
+            soft = soft_labels(slow, slow_classifiers, views, camera_means, v, args)
             own_weight = soft.gather(2, k.expand(args.nets, -1)[:, :, None])      # only logged
             means.add(entropy=torch.special.entr(soft).sum(2).mean(), own=own_weight.mean())
             optimizer.zero_grad()

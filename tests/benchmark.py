@@ -157,7 +157,7 @@ def measure_step(kind, device, mode=None, cudnn=False, **flags):
     device, generator = torch.device(device), common.seed_everything(0)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn, not cudnn
     images = torch.randint(256, (b, 3, height, width), dtype=torch.uint8).to(device)
-    flags = dict(dict(precision="auto", recompute=False), **flags)
+    flags = dict(dict(precision="auto", recompute=False, size=(height, width)), **flags)
     flags["precision"] = common.precision(device, flags["precision"])
     model = common.Encoder(arch, "none").on(device, argparse.Namespace(**flags))
     if mode:

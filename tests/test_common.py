@@ -58,11 +58,11 @@ def test_half_precision_is_close_and_gives_float32(name):
     torch.manual_seed(0)
     model, images = common.Encoder("resnet18-layer3", "none").eval(), torch.randn(4, 3, 64, 32)
     exact = model(images)
-    model.on(torch.device("cpu"), argparse.Namespace(precision=name, recompute=False))
+    model.on(torch.device("cpu"), argparse.Namespace(precision=name, recompute=False, size=(64, 32)))
     rough = model(images)
     assert rough.dtype == torch.float32 and model.backbone[0].weight.dtype == torch.float32
     assert not torch.equal(rough, exact) and (rough * exact).sum(1).min() > .99
-    model.on(torch.device("cpu"), argparse.Namespace(precision="fp32", recompute=True))
+    model.on(torch.device("cpu"), argparse.Namespace(precision="fp32", recompute=True, size=(64, 32)))
     assert torch.equal(model(images), exact) and model.recompute
 
 

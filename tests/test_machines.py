@@ -36,8 +36,8 @@ def test_the_precision_suits_the_machine(machine, auto, bf16, monkeypatch, capsy
         assert not note or f"no bfloat16, so --precision is {used}" in note
     monkeypatch.setattr(common.Encoder, "to", lambda self, _: self)
     network = common.Encoder("small", "none")
-    assert scoring.prepare(network, dict(precision="bf16"), device).precision == bf16
-    half = scoring.prepare(network, dict(precision="fp16"), device).precision
+    assert scoring.prepare(network, dict(precision="bf16", size=(64, 32)), device).precision == bf16
+    half = scoring.prepare(network, dict(precision="fp16", size=(64, 32)), device).precision
     assert half == ("fp32" if device is CPU else "fp16")           # on a CPU: 15 times as slow
 
 
