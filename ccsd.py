@@ -276,6 +276,7 @@ def main(argv=None):
         group_memory = common.cluster_means(features, groups)                     # (G, D)
         cluster_of = torch.from_numpy(labels).to(device)                          # (N,)
         group_of = torch.from_numpy(groups).to(device)                            # (N,)
+        del features, to_cluster  # N x D values, whose memory the steps need
 
         # ---- 5 batches of P clusters x K images
         model.train()

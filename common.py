@@ -19,6 +19,7 @@ mistake of the user raises Problem: one line that says what is wrong and what to
 """
 
 import argparse
+import collections
 import contextlib
 import csv
 import difflib
@@ -120,42 +121,35 @@ def load(name, root="data", at_least=1, draw=True, few=False):
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)  # ImageNet's, per channel, of pixels in [0, 1]
 
 
+def read_image(path, height, width):
+    """Decode and resize (bicubic) a file -> (3, H, W) uint8. Raises Problem if that fails."""
+    picture = open_image(path).resize((width, height), Image.BICUBIC)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
 def read_images(split, height, width):
-    """Decode and resize (bicubic) every file once -> (N, 3, H, W) uint8 in main memory, 1.27 GB for
-    Market-1501's training set at 256 x 128. Raises Problem that names files that are no images."""
-    images = torch.empty(len(split.paths), 3, height, width, dtype=torch.uint8)
-
-    def read(i):
-        try:
-            picture = open_image(split.paths[i])
-        except Problem as problem:
-            return problem
-        picture = picture.resize((width, height), Image.BICUBIC)
-        images[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-    pool = ThreadPoolExecutor()
-    try:
-        read_all = progress(pool.map(read, range(len(images))), "decoding images", len(images))
-        problems = [str(problem) for problem in read_all if problem]
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
-    if problems:
-        more = f" ... and {len(problems) - 5} more" * (len(problems) > 5)
-        raise Problem(f"{len(problems)} of {len(images)} images are no good: "
-                      f"{'; '.join(problems[:5])}{more} (remove these files or copy them again)")
+    """Decode every file once -> (N, 3, H, W) uint8 in main memory, 1.27 GB for Market-1501's
+    training set at 256 x 128. Raises Problem that names files that are no images."""
+    n, start = len(split.paths), 0
+    check_memory(n, height, width)
+    images = torch.empty(n, 3, height, width, dtype=torch.uint8)
+    parts = n // 64 + 1
+    read = read_ahead(split.paths, parts, height, width)
+    for part in progress(read, "decoding images", parts):
+        images[start:start + len(part)] = part
+        start += len(part)
     return images
 
 
 def read_data(args, device):
     """Read the data set of --data, --root and --size -> the training Split, its images, on the GPU
-    if they fit, and the test set: query, gallery and the images of both."""
+    if it has room, and the test set: query and gallery, whose files are decoded when scored."""
     train, query, gallery = load(args.data, args.root, args.batch_size, True, args.quick)
     if args.true_ids and train.pids.min() < 0:
         raise Problem(f"--true-ids: the ids of {args.data} are not known (leave it out)")
     if args.centre:
         warn_of_few(train.cams)
-    images, *test_images = (read_images(split, *args.size) for split in (train, query, gallery))
-    return train, place(images, device), (query, gallery, *test_images)
+    return train, place(read_images(train, *args.size), device), (query, gallery)
 
 
 def normalise(images):
@@ -306,8 +300,9 @@ class Encoder(nn.Module):
             self.to(memory_format=torch.channels_last)
 
     def on(self, device, args):
-        """-> self on the device, set as --precision and --recompute say (appendix B)."""
-        self.precision, self.recompute = args.precision, args.recompute
+        """-> self on the device, set as --precision and --recompute say (appendix B), with `size`,
+        the height and width of images that are read for it."""
+        self.precision, self.recompute, self.size = args.precision, args.recompute, args.size
         return self.to(device)
 
     def forward(self, images, inside=False):
@@ -371,13 +366,18 @@ def check_stripes(height, rows, parts):
 
 @torch.no_grad()
 def extract_features(model, images, batch_size=None):
-    """(N, 3, H, W) uint8 -> (N, D) float32 on the model's device, in eval mode; with parts
-    (1 + parts, N, D). Images need not fit on the device. Batches: 64 fit a CPU's caches."""
+    """(N, 3, H, W) uint8, or a Split, whose files are then read on the way -> (N, D) float32 on the
+    model's device, in eval mode; with parts (1 + parts, N, D). Images need not fit on the device.
+    Batches: 64 fit a CPU's caches."""
     device, training = next(model.parameters()).device, model.training
+    images = images.paths if isinstance(images, Split) else images
     size, mine = batch_size or (64 if device.type == "cpu" else 256), own(images)
+    batches = len(mine) // size + 1
     model.eval()
-    batches = progress(mine.tensor_split(len(mine) // size + 1), "extracting features")
-    features = torch.cat([model(normalise(send(batch, device))) for batch in batches], -2)
+    parts = (mine.tensor_split(batches) if torch.is_tensor(mine)
+             else read_ahead(mine, batches, *model.size))
+    features = torch.cat([model(normalise(send(part, device)))
+                          for part in progress(parts, "extracting features", batches)], -2)
     model.train(training)
     return gathered(features, len(images))
 
@@ -605,10 +605,10 @@ def label_quality(labels, pids):
 
 def test(model, test_set):
     """-> the scores of a network's global feature on read_data()'s test set; {} if empty."""
-    query, gallery, *images = test_set
+    query, gallery = test_set
     if not query.paths:
         return {}
-    features = [global_features(model, part) for part in images]
+    features = [global_features(model, split) for split in test_set]
     return from_rank_0(evaluate, *features, query, gallery)
 
 
@@ -753,17 +753,17 @@ def warm_up(model, images, cams, generator, epochs=4, batch_size=96, lr=1e-3, te
 
 
 def camera_means(features, cams):
-    """(..., N, D) features -> (..., N, D): for every image the mean feature of its camera or, if
+    """(..., N, D) features, (N,) cameras -> (..., V, D): the mean feature of each camera or, if
     that has fewer than FEW_IMAGES, of all images: a mean of few holds much of each person."""
     cams = torch.from_numpy(cams).to(features.device)
     sums = features.new_zeros(*features.shape[:-2], int(cams.max()) + 1, features.shape[-1])
     sums.index_add_(-2, cams, features)
     count = torch.bincount(cams)
-    means = sums / count.clamp(min=1)[:, None]                                    # (..., V, D)
+    means = sums / count.clamp(min=1)[:, None]
     few = count < FEW_IMAGES
     if few.any():
         means[..., few, :] = features.mean(-2, keepdim=True)
-    return means[..., cams, :]
+    return means
 
 
 def warn_of_few(cams):
@@ -777,7 +777,7 @@ def warn_of_few(cams):
 
 def centre_cameras(features, cams):
     """Subtract what the images of a camera have in common: (..., N, D) unit rows -> the same."""
-    return F.normalize(features - camera_means(features, cams), dim=-1)
+    return F.normalize(features - camera_means(features, cams)[..., cams, :], dim=-1)
 
 
 # ========================================================================================= B speed
@@ -800,10 +800,55 @@ def precision(device, wanted):
     return best if wanted == "auto" or wanted == "bf16" and lacks else wanted
 
 
+ROOM = 14e9  # bytes that a step of ResNet-50 takes with the paper's settings (RESULTS.md, Scale)
+
+
 def place(images, device):
-    """-> the images, moved to a GPU if it has room for four times as many."""
-    fits = device.type == "cuda" and 4 * images.nbytes < torch.cuda.mem_get_info(device)[0]
+    """-> the images, moved to a GPU if that leaves ROOM. If not, they stay in main memory, from
+    which a batch of 256 is 25 MB."""
+    fits = device.type == "cuda" and images.nbytes + ROOM < torch.cuda.mem_get_info(device)[0]
     return images.to(device) if fits else images
+
+
+def check_memory(n, height, width):
+    """Say how much main memory n images will take, if it matters. Raises Problem if that is more
+    than is free, which only Linux tells; each rank keeps all images."""
+    need = LOCAL * n * 3 * height * width / 1e9
+    found = re.search(r"MemAvailable: *(\d+)", read_text("/proc/meminfo")
+                      if os.path.exists("/proc/meminfo") else "")
+    free = int(found[1]) * 1024 / 1e9 if found else math.inf
+    text = (f"{n:,} images of {height} x {width} take {need:.1f} GB of main memory"
+            + f" in {LOCAL} processes" * (LOCAL > 1) + f", {free:.1f} are free" * (free < math.inf))
+    if need > free:
+        raise Problem(f"{text} (lower --size or close other programs)")
+    if need > .1:
+        say(text, sys.stderr)
+
+
+def read_ahead(paths, parts, height, width):
+    """Yield the images of the files, (b, 3, H, W) uint8, in so many parts of nearly equal size.
+    Threads decode the next two parts while the caller works on one. Raises Problem that names files
+    that are no images, after all of them were tried."""
+    def read(path):
+        try:
+            return read_image(path, height, width)
+        except Problem as problem:
+            return problem
+    pool, ahead, problems = ThreadPoolExecutor(), collections.deque(), []
+    try:
+        for part in [*np.array_split(np.arange(len(paths)), parts), (), ()]:
+            ahead.append([pool.submit(read, paths[i]) for i in part])
+            if len(ahead) > 2:
+                images = [file.result() for file in ahead.popleft()]
+                problems += [str(image) for image in images if isinstance(image, Problem)]
+                if images and not problems:
+                    yield torch.stack(images)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
+    if problems:
+        more = f" ... and {len(problems) - 5} more" * (len(problems) > 5)
+        raise Problem(f"{len(problems)} of {len(paths)} images are no good: "
+                      f"{'; '.join(problems[:5])}{more} (remove these files or copy them again)")
 
 
 def send(tensor, device):
@@ -2083,8 +2128,7 @@ def embed(model, files):
     """Features of image files, one or several, from a network of load_encoder() -> (len(files), D),
     unit rows, so that the product of two rows is the similarity of two images, from -1 to 1."""
     files = [files] if isinstance(files, (str, os.PathLike)) else files
-    images = read_images(Split([os.fspath(file) for file in files], None, None), *model.size)
-    return global_features(model, images)
+    return global_features(model, Split([os.fspath(file) for file in files], None, None))
 
 
 # ================================================================================== F several GPUs

@@ -167,8 +167,8 @@ def prepare(model, state, device):
     """-> the network on the device, with the precision of the run, if the device has that; fp16
     on a CPU is for tests, fp32 is faster there."""
     wanted = "fp32" if device.type == "cpu" and state["precision"] == "fp16" else state["precision"]
-    flags = argparse.Namespace(precision=common.precision(device, wanted), recompute=False)
-    return model.on(device, flags)
+    return model.on(device, argparse.Namespace(
+        precision=common.precision(device, wanted), recompute=False, size=state["size"]))
 
 
 def first_stage(run, flag, name):
@@ -262,8 +262,8 @@ def about(run, scores):
                          "led to them.", "flags that differ, before you compare two runs.")
 
 
-def draw_run(run, features, images, device):
-    """-> the report page of a run. features, images: of query and gallery; [] without ids."""
+def draw_run(run, features, device):
+    """-> the report page of a run. features: of query and gallery; [] without ids."""
     test, labels = (run.query, run.gallery), run.state.get("labels")
     ours = run.trained_here and "classifier" not in run.state  # else: other images, or --source's
     ours = ours and run.state["files"] == common.names_of(run.train)
@@ -278,7 +278,7 @@ def draw_run(run, features, images, device):
     parts = {"Run and score": about(run, features and common.evaluate(*features, *test)),
              CHAPTER: first_chapter(run, device) if ours else NO_LABELS,
              "Curves by epoch": report.curves([("", run.log, run.terms)])}
-    parts.update(test_figures(run, features, images) if features else dict.fromkeys(
+    parts.update(test_figures(run, features) if features else dict.fromkeys(
         TEST_FIGURES, "<p>Left out: the test set has no ids.</p>"))
     parts["Clusters"] = parts["t-SNE"] = NO_LABELS
     if labels is not None:
@@ -291,7 +291,6 @@ def draw_run(run, features, images, device):
     elif labels is not None:
         index = report.choose(labels, run.train.cams)
         chosen = common.Split([run.train.paths[i] for i in index], None, None)
-        chosen = common.read_images(chosen, *run.state["size"])
         chosen = common.global_features(run.model, chosen).cpu().numpy()
         parts["t-SNE"] = report.t_sne(chosen, labels[index], run.train.cams[index], "cluster",
                                       cameras)
@@ -304,14 +303,14 @@ TEST_FIGURES = ("Similarity within and across cameras", "mAP by pair of cameras"
                 "Ranking lists")
 
 
-def test_figures(run, features, images):
+def test_figures(run, features):
     """-> dict of the figures that need a test set with ids, by title."""
     test, networks = (run.query, run.gallery), {"after training": features}
     network, what = initial_network(run)
     note = "" if network else f"<p>Before training: not shown, {html.escape(what)}.</p>"
     if network:
         prepare(network, run.state, features[0].device)
-        before = [common.global_features(network, part) for part in images]
+        before = [common.global_features(network, split) for split in test]
         networks = {f"before training ({what})": before, **networks}
     counts = {name: pair_counts(both, *test, report.EDGES) for name, both in networks.items()}
     ranked = {name: rank_queries(both, *test) for name, both in networks.items()}
@@ -404,10 +403,9 @@ def save_features(run, path):
     kept, file = [], io.BytesIO()
     for kind, split in zip(common.KINDS, (run.train, run.query, run.gallery)):
         if split.paths:
-            images = common.read_images(split, *run.state["size"])
-            features = common.global_features(run.model, images).cpu().numpy()
+            features = common.global_features(run.model, split).cpu().numpy()
             cams = np.array(split.camera_names)[split.cams]
-            kept.append((features, split.paths, split.pids, cams, [kind] * len(images)))
+            kept.append((features, split.paths, split.pids, cams, [kind] * len(features)))
     names = ("features", "paths", "pids", "cams", "split")
     np.savez(file, **{name: np.concatenate(part) for name, part in zip(names, zip(*kept))})
     write(path, file.getvalue())
@@ -416,8 +414,7 @@ def save_features(run, path):
 def pair(run, features, files):
     """-> the similarity of two image files, and for each kind of test pairs the share that is at
     least as similar."""
-    images = common.read_images(common.Split(files, None, None), *run.state["size"])
-    a, b = common.global_features(run.model, images)
+    a, b = common.global_features(run.model, common.Split(files, None, None))
     result = dict(similarity=float(a @ b))
     if features:
         counts = pair_counts(features, run.query, run.gallery, [result["similarity"]])  # (4, 2)
@@ -438,13 +435,12 @@ def main(argv=None):
     load_data(run, args)
     prepare(run.model, run.state, device)
     splits = [run.query, run.gallery] * run.tested
-    images = [common.read_images(split, *run.state["size"]) for split in splits]
-    features = [common.global_features(run.model, part) for part in images]
+    features = [common.global_features(run.model, split) for split in splits]
     if args.save_features:
         save_features(run, args.save_features)
     if args.report is not None:
         write(args.report or os.path.join(run.folder, "report.html"),
-              draw_run(run, features, images, device).encode("utf-8", "replace"))
+              draw_run(run, features, device).encode("utf-8", "replace"))
     if args.pairs:
         result = pair(run, features, args.pairs)
         _, *kinds = result.items()

@@ -247,6 +247,7 @@ def train_stage(args, stage, out, teacher_folder=None):
         # ---- 4 memories: what an image is compared with, from step 1 (not centred, like a batch's)
         memory = common.cluster_means(features, labels)                           # (3, C, D)
         cluster_of = torch.from_numpy(labels).to(device)                          # (N,)
+        del features, to_cluster  # N x D values, whose memory the steps need
 
         # ---- 5 batches of P clusters x K images
         model.train()

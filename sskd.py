@@ -168,15 +168,16 @@ def follow(slow, fast, alpha):
 
 
 @torch.no_grad()
-def soft_labels(slow, classifiers, views, camera_means, index, args):
+def soft_labels(slow, classifiers, views, camera_means, v, args):
     """Step 5c: the prediction of each slow copy for its view -> distributions (n, B, C). W: if
-    camera_means (n, N, D) are given, the image's is subtracted from the direction of b(x)."""
+    camera_means (n, V, D) are given, that of the image's camera, v (B,), is subtracted from the
+    direction of b(x)."""
     soft = []
     for i, net in enumerate(slow):
         _, neck = common.forward(net, views[i], args.bn_splits, inside=True)      # (B, D)
         if camera_means is not None:
             length = neck.norm(dim=1, keepdim=True)
-            neck = F.normalize(neck) - camera_means[i, index]
+            neck = F.normalize(neck) - camera_means[i, v]
             neck = F.normalize(neck) * length
         z = neck @ classifiers[i].T / args.temp                                   # (B, C)
         soft.append(z.softmax(1))
@@ -304,10 +305,12 @@ def main(argv=None):
         slow_classifiers = [common.cluster_means(to_cluster, labels) for _ in slow]
         camera_means = None
         if args.centre:
-            camera_means = common.camera_means(by_network, cams)                  # (n, N, D)
+            camera_means = common.camera_means(by_network, cams)                  # (n, V, D)
         optimizer = torch.optim.Adam([*classifiers, *students.parameters()], args.lr,
                                      weight_decay=WEIGHT_DECAY, fused=fused)
         cluster_of = torch.from_numpy(labels).to(device)                          # (N,)
+        camera_of = torch.from_numpy(cams).to(device)                             # (N,)
+        del by_network, features, to_cluster  # N x D values, whose memory the steps need
 
         # ---- 5 batches of P clusters x K images
         students.train()
@@ -321,10 +324,10 @@ def main(argv=None):
                      for _ in range(1 if args.shared_view else args.nets)]
             views *= args.nets // len(views)
             index = common.send(index, device)
-            k = cluster_of[index]                                                 # (B,)
+            k, v = cluster_of[index], camera_of[index]                            # (B,), (B,)
 
             # 5c soft labels: related clusters, predicted by the slow copies without gradient
-            soft = soft_labels(slow, slow_classifiers, views, camera_means, index, args)
+            soft = soft_labels(slow, slow_classifiers, views, camera_means, v, args)
             own_weight = soft.gather(2, k.expand(args.nets, -1)[:, :, None])      # only logged
             entropy = torch.special.entr(soft).sum(2)
             loss_means.add(entropy=entropy.mean(), own=own_weight.mean())

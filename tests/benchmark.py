@@ -4,6 +4,7 @@
   python tests/benchmark.py evaluation 3368x15913       ranking of Q queries in a gallery of G
   python tests/benchmark.py rerank 3368x15913 --ours    the same with k-reciprocal re-ranking
   python tests/benchmark.py step toy paper resnet18     a training step: speed, parts, what may help
+  python tests/benchmark.py memory market1501 msmt17    main memory of a run at 256 x 128, not a ratio
 
 Features are synthetic: 2,048 dimensions, people of 17 images, 6 cameras; the references are on the
 CPU, ours on --device. Every measurement runs in a process of its own, three times; medians, and
@@ -14,17 +15,21 @@ import argparse
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
 import slow
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import ccsd  # noqa: E402
 import common  # noqa: E402
 import eval as scoring  # noqa: E402
 
@@ -157,7 +162,7 @@ def measure_step(kind, device, mode=None, cudnn=False, **flags):
     device, generator = torch.device(device), common.seed_everything(0)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn, not cudnn
     images = torch.randint(256, (b, 3, height, width), dtype=torch.uint8).to(device)
-    flags = dict(dict(precision="auto", recompute=False), **flags)
+    flags = dict(dict(precision="auto", recompute=False, size=(height, width)), **flags)
     flags["precision"] = common.precision(device, flags["precision"])
     model = common.Encoder(arch, "none").on(device, argparse.Namespace(**flags))
     if mode:
@@ -256,6 +261,32 @@ def report_step(kind, device):
           " minutes; clustering and ranking: measure them here, too")
 
 
+def measure_memory(name):
+    """Peak main memory of a process that trains two steps of ccsd.py on as many JPEGs as a data set
+    has, links to 100 drawn ones, and evaluates twice. The network computes next to nothing, but its
+    features have the 2,048 dimensions of ResNet-50's. Not in it: the search for clusters."""
+    def backbone(arch, weights):
+        return torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Conv2d(3, 2048, 1))
+    common.ARCHS["nothing"] = 2048, backbone
+    rng, (_, counts) = np.random.default_rng(0), common.DATASETS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = [os.path.join(folder, f"{i}.jpg") for i in range(100)]
+        for path in drawn:
+            noise = Image.fromarray(rng.integers(256, size=(16, 8, 3), dtype=np.uint8))
+            noise.resize((128, 256), Image.BICUBIC).save(path)
+        for part, count in zip(common.TRIPLES[0], counts):
+            os.mkdir(os.path.join(folder, part))
+            for i in range(count):
+                link = f"{i // 17 + 1:04d}_c{i % 6 + 1}_{i:06d}.jpg"
+                os.link(drawn[i % 100], os.path.join(folder, part, link))
+        start = time.perf_counter()
+        ccsd.main(["--data", folder, "--out", os.path.join(folder, "run"), "--arch", "nothing",
+                   "--true-ids", "--epochs", "1", "--iters", "2", "--bn-splits", "1",
+                   "--batch-size", "64", "--num-instances", "4", "--device", "cpu"])
+    return dict(GB=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+                seconds=time.perf_counter() - start)
+
+
 def child(*words):
     """Run one measurement in a process of its own -> its dict."""
     env = dict(os.environ, PYTHONHASHSEED="0")
@@ -292,20 +323,23 @@ def compare(what, size, kinds, repeats, device):
 
 def main():
     parser = common.Parser(__doc__)
-    parser.add_argument("what", choices=("clustering", "evaluation", "rerank", "step"))
-    parser.add_argument("sizes", nargs="*", help="N, or QxG, or toy, paper, resnet18")
+    parser.add_argument("what", choices=("clustering", "evaluation", "rerank", "step", "memory"))
+    parser.add_argument("sizes", nargs="*", help="N, or QxG, or toy, paper, resnet18, or a data set")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ours", action="store_true", help="no reference, for sizes beyond it")
     parser.add_argument("--device", default="auto", choices=common.DEVICES)
     args = parser.parse_args()
     device = common.pick_device(args.device).type
     shape, size = dict(clustering=(r"\d+", "12936"), evaluation=(r"\d+x\d+", "3368x15913"),
-                       rerank=(r"\d+x\d+", "200x1000"), step=("|".join(STEPS), "toy"))[args.what]
+                       rerank=(r"\d+x\d+", "200x1000"), step=("|".join(STEPS), "toy"),
+                       memory=("market1501|msmt17", "market1501"))[args.what]
     for size in args.sizes or [size]:
         if not re.fullmatch(shape, size):
             raise common.Problem(f"{args.what} has no size {size!r} (see --help)")
         if args.what == "step":
             report_step(size, device)
+        elif args.what == "memory":
+            print(size, child("memory", size))
         elif args.ours:
             print(size, child(args.what, "ours", *size.split("x"), device))
         else:
@@ -318,6 +352,8 @@ if __name__ == "__main__":
         what, kind, *sizes = sys.argv[2:]
         if what == "step":
             print(json.dumps(measure_step(*sizes, **VARIANTS[kind])))
+        elif what == "memory":
+            print(json.dumps(measure_memory(kind)))
         elif what == "clustering":
             print(json.dumps(measure_clustering(kind, int(sizes[0]), sizes[-1])))
         else:

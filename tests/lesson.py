@@ -177,7 +177,7 @@ def mskd_look(e, f, t, i):
 
 def sskd_classifiers(e, every):
     """Step 4, from the slow copies' features (n, N, D) -> rows of the networks' classifiers and of
-    their copies', (C, D) each, and the camera means (n, N, D) that are subtracted, or None."""
+    their copies', (C, D) each, and the camera means (n, V, D) that are subtracted, or None."""
     cams, means, centred = e.train.cams, None, every
     if e.args.centre:
         means = common.camera_means(every, cams)
@@ -195,8 +195,8 @@ def sskd_look(e, classifiers, student, slow, index):
     means = None if means is None else means[peer]
     taken = common.take(e.images, torch.from_numpy(index), rows.device)
     batch = [common.normalise(taken)]
-    p, = sskd.soft_labels(slow[peer], [slow_rows], batch, means, index, e.args)
-    q, = sskd.soft_labels([student], [rows], batch, None, index, e.args)
+    p, = sskd.soft_labels(slow[peer], [slow_rows], batch, means, e.train.cams[index], e.args)
+    q, = sskd.soft_labels([student], [rows], batch, None, None, e.args)
     return p, q
 
 
@@ -271,8 +271,8 @@ def first_batch(e, model, others, generator):
         students, slow = (copy.deepcopy(networks).train() for networks in others)
         rows, slow_rows, means = sskd_classifiers(e, e.every)
         all_views, slow_rows = views * (args.nets // len(views)), [slow_rows] * args.nets
-        soft = sskd.soft_labels(slow, slow_rows, all_views, means, index, args)
-        q, = sskd.soft_labels(students[:1], [rows], all_views, None, index, args)
+        soft = sskd.soft_labels(slow, slow_rows, all_views, means, e.train.cams[index], args)
+        q, = sskd.soft_labels(students[:1], [rows], all_views, None, None, args)
         terms = dict(L_soft=sskd.soft_label_loss(q.log(), soft[1 % args.nets]))
     return index, views, {name: float(value) for name, value in terms.items()}
 

@@ -27,7 +27,8 @@ import sskd
 def code_of(name):
     """-> all code within the lines of a text."""
     with open(os.path.join(HERE, name), encoding="utf-8") as file:
-        return [" ".join(x.split()) for x in re.findall(r"`([^`]+)`", file.read().replace("```", ""))]
+        parts = re.findall(r"`([^`]+)`", file.read().replace("```", ""))
+    return [" ".join(part.split()) for part in parts]
 
 
 # ------------------------------------------------------------------------------------------ network
@@ -68,12 +69,13 @@ def test_recompute_is_the_same_to_the_bit_in_less_memory(arch):
 def test_half_precision_is_close_and_gives_float32(name):
     torch.manual_seed(0)
     model, images = common.Encoder("resnet18-layer3", "none").eval(), torch.randn(4, 3, 64, 32)
-    exact = model(images)
-    model.on(torch.device("cpu"), argparse.Namespace(precision=name, recompute=False))
+    exact, flags = model(images), dict(recompute=False, size=(64, 32))
+    model.on(torch.device("cpu"), argparse.Namespace(precision=name, **flags))
     rough = model(images)
     assert rough.dtype == torch.float32 and model.backbone[0].weight.dtype == torch.float32
     assert not torch.equal(rough, exact) and (rough * exact).sum(1).min() > .99
-    model.on(torch.device("cpu"), argparse.Namespace(precision="fp32", recompute=True))
+    flags["recompute"] = True
+    model.on(torch.device("cpu"), argparse.Namespace(precision="fp32", **flags))
     assert torch.equal(model(images), exact) and model.recompute
 
 

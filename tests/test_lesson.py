@@ -152,7 +152,7 @@ def test_what_is_drawn_of_an_image_is_what_the_loss_gets(run, monkeypatch):
                     _, neck = net.eval()(batch, inside=True)
                 neck = neck.double()
                 if mean is not None:
-                    unit = torch.nn.functional.normalize(neck) - mean[1, index]
+                    unit = torch.nn.functional.normalize(neck) - mean[1, e.train.cams[index]]
                     neck = torch.nn.functional.normalize(unit) * neck.norm(dim=1, keepdim=True)
                 expected = (neck @ matrix.double().T / e.args.temp).softmax(1)
                 torch.testing.assert_close(drawn.double(), expected, atol=1e-5, rtol=0)

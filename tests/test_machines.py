@@ -36,8 +36,8 @@ def test_the_precision_suits_the_machine(machine, auto, bf16, monkeypatch, capsy
         assert not note or f"no bfloat16, so --precision is {used}" in note
     monkeypatch.setattr(common.Encoder, "to", lambda self, _: self)
     network = common.Encoder("small", "none")
-    assert scoring.prepare(network, dict(precision="bf16"), device).precision == bf16
-    half = scoring.prepare(network, dict(precision="fp16"), device).precision
+    assert scoring.prepare(network, dict(precision="bf16", size=(64, 32)), device).precision == bf16
+    half = scoring.prepare(network, dict(precision="fp16", size=(64, 32)), device).precision
     assert half == ("fp32" if device is CPU else "fp16")           # on a CPU: 15 times as slow
 
 
@@ -176,3 +176,46 @@ def test_other_errors_keep_their_traceback(words):
         raise RuntimeError(words)
     with pytest.raises(RuntimeError, match=re.escape(words)):
         common.run(fail)
+
+
+# ------------------------------------------------------------------------------------- main memory
+
+def test_files_are_decoded_ahead_in_order_and_not_all_at_once(tiny, monkeypatch):
+    split, read, events = common.load(str(tiny))[0], common.read_image, []
+    monkeypatch.setattr(common, "read_image", lambda *args: (events.append(1), read(*args))[1])
+    parts = []
+    for part in common.read_ahead(split.paths, 7, 64, 32):
+        ahead = len(split.paths) // 7 + 1
+        assert len(events) <= sum(map(len, parts)) + 3 * ahead     # this part and two more
+        parts.append(part)
+    assert [len(part) for part in parts] == [11] * 2 + [10] * 5
+    one_by_one = torch.stack([read(path, 64, 32) for path in split.paths])
+    assert torch.equal(torch.cat(parts), one_by_one)
+    assert torch.equal(common.read_images(split, 64, 32), one_by_one)
+
+
+@pytest.mark.parametrize("parts", [0, 2])
+def test_features_of_files_are_those_of_their_images(parts, tiny):
+    split, model = common.load(str(tiny))[0], common.Encoder("small", "none", parts)
+    model.size = (64, 32)
+    found = common.extract_features(model, split, 16)
+    assert torch.equal(found, common.extract_features(model, common.read_images(split, 64, 32), 16))
+
+
+def test_a_damaged_test_image_is_named_before_training(tmp_path, capsys):
+    folder = draw(tmp_path / "d")
+    files = sorted((folder / "bounding_box_test").iterdir())
+    for file in files[3:5]:
+        file.write_bytes(b"")
+    line = refusal(lambda: ccsd.main(short(folder, tmp_path / "out")), capsys)
+    assert "2 of 24 images" in line and files[3].name in line and files[4].name in line
+    assert not (tmp_path / "out" / "last.pt").exists()
+
+
+def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_read(monkeypatch, capsys):
+    monkeypatch.setattr(common, "read_text", lambda path: "MemAvailable: 2000000 kB\n")
+    split = common.Split(["none.jpg"] * 32621, None, None)
+    with pytest.raises(common.Problem, match="32,621 images .* take 3.2 GB.* 2.0 are free"):
+        common.read_images(split, 256, 128)
+    common.check_memory(12936, 256, 128)
+    assert "12,936 images of 256 x 128 take 1.3 GB" in capsys.readouterr().err

@@ -179,7 +179,7 @@ def test_views_and_peers(nets, shared, finished, tiny, other, tmp_path, monkeypa
         return forward(model, batch, splits, inside)
     monkeypatch.setattr(common, "forward", noted)
     said, lessons = watch(sskd, "soft_labels"), watch(sskd, "soft_label_loss")
-    batches = watch(common, "pk_batches")
+    batches, taken = watch(common, "pk_batches"), watch(common, "take")
     sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source"), "--nets",
                    str(nets), *["--shared-view"] * shared, "--epochs", "1", "--iters", "3"))
     assert (len(calls), len(said), len(lessons)) == (2 * nets * 3, 3, nets * 3)
@@ -200,7 +200,7 @@ def test_views_and_peers(nets, shared, finished, tiny, other, tmp_path, monkeypa
                 f"soft labels of network {n + 1} are not those of its peer, the next slow copy")
     labels, last = batches[0][0][0], losses(tmp_path)[-1]
     soft = torch.stack([result for _, result in said]).double().flatten(0, 1)  # (3 n, B, C)
-    k = np.repeat([labels[args[4]] for args, _ in said], nets, 0)  # (3 n, B)
+    k = np.repeat([labels[args[1]] for args, _ in taken], nets, 0)  # (3 n, B)
     assert last["soft_clusters"] == pytest.approx(math.exp(-(soft * soft.log()).sum(2).mean()))
     assert last["soft_own"] == pytest.approx(
         np.mean([p[b, k[s, b]] for s, p in enumerate(soft) for b in range(len(p))]))
@@ -290,21 +290,21 @@ def test_soft_labels_are_free_of_the_camera(finished, tiny, other, tmp_path, wat
     """From random weights (W): the direction of B(x) loses its camera's mean, its length stays;
     and the rows it meets are means of features without theirs, network by network."""
     outputs, lessons = watch(common, "forward"), watch(sskd, "soft_label_loss")
-    said = watch(sskd, "soft_labels")
     extracted, batches = watch(common, "extract_features"), watch(common, "pk_batches")
+    taken = watch(common, "take")
     sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source"), "--nets", "2",
                    "--epochs", "1", "--iters", "1"))
     cams = common.load(str(tiny))[0].cams
     each = [f.double() for _, f in extracted if len(f) == len(cams)]
-    means = [torch.stack([f[cams == v].mean(0) for v in range(3)])[cams] for f in each]
-    free = sum(F.normalize(f - m) for f, m in zip(each, means))
-    labels, index = batches[0][0][0], said[0][0][4]
+    means = [torch.stack([f[cams == v].mean(0) for v in range(3)]) for f in each]
+    free = sum(F.normalize(f - m[cams]) for f, m in zip(each, means))
+    labels, index = batches[0][0][0], taken[0][0][1]
     rows = torch.stack([F.normalize(F.normalize(free)[labels == c].mean(0), dim=0)
                         for c in range(labels.max() + 1)])
     for i in range(2):
         neck = outputs[i][1][1].double()                           # of E_i, no gradient
         soft = lessons[1 - i][0][1]                                # the other one's lesson
-        for b, m, found in zip(neck, means[i][index], soft):       # m: of the image's own camera
+        for b, m, found in zip(neck, means[i][cams[index]], soft):  # m: of its own camera
             wanted = (rows @ F.normalize(b / b.norm() - m, dim=0) * b.norm() / 1.6).softmax(0)
             assert (wanted - found).abs().max() < 1e-4
 

@@ -16,6 +16,7 @@ import zlib
 
 import numpy as np
 import pytest
+import sklearn.cluster
 import torch
 from conftest import (HERE, checkpoint, draw, first_scale, losses, older, program, refusal, short,
                       weights)
@@ -442,7 +443,7 @@ def test_divergence_names_epoch_iteration_and_terms(tiny, tmp_path, after_each_s
 @pytest.mark.parametrize("name", PAGES)
 def test_collapse(name, tiny, other, tmp_path, monkeypatch, capsys):
     """From the second epoch on everything is one cluster: stop, or the labels of the first."""
-    page, fit, fits, seen = PAGES[name], common.DBSCAN.fit, [], []
+    page, fit, fits, seen = PAGES[name], sklearn.cluster.DBSCAN.fit, [], []
     quality = common.label_quality
 
     def collapsing(self, graph, *_, **__):
@@ -451,7 +452,7 @@ def test_collapse(name, tiny, other, tmp_path, monkeypatch, capsys):
         if len(fits) > 1:
             self.labels_ = np.where(np.arange(len(self.labels_)) < 3, 0, -1)
         return self
-    monkeypatch.setattr(common.DBSCAN, "fit", collapsing)
+    monkeypatch.setattr(sklearn.cluster.DBSCAN, "fit", collapsing)
     monkeypatch.setattr(common, "label_quality", lambda labels, pids: (
         seen.append(labels), quality(labels, pids))[1])
     stage = ["--stage", "teacher"] if name == "mskd" else []
