@@ -376,8 +376,13 @@ def extract_features(model, images, batch_size=None):
     model.eval()
     parts = (mine.tensor_split(batches) if torch.is_tensor(mine)
              else read_ahead(mine, batches, *model.size))
-    features = torch.cat([model(normalise(send(part, device)))
-                          for part in progress(parts, "extracting features", batches)], -2)
+    features, start = None, 0
+    for part in progress(parts, "extracting features", batches):
+        found = model(normalise(send(part, device)))
+        if features is None:  # many small results beside freed batches would fragment main memory
+            features = found.new_empty(*found.shape[:-2], len(mine), found.shape[-1])
+        features[..., start:start + len(part), :] = found
+        start += len(part)
     model.train(training)
     return gathered(features, len(images))
 
