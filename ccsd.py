@@ -170,25 +170,32 @@ def cross_camera_loss(similarity, group, parent, temp, negatives=NEGATIVES):
     return loss.sum() / positive.any(1).sum().clamp(min=1)
 
 
-def distillation_loss(similarity, group, parent, camera, table, temp):
-    """L_kd (N4): similarities to clusters in the image's own camera v = c(i) are the target for its
-    similarities in other cameras.
+def teacher_and_student(similarity, group, parent, camera, table, temp):
+    """Both sides of L_kd (N4): similarities to clusters in the image's own camera v = c(i), and to
+    the same clusters in other cameras.
 
     For each other camera w that also sees the image's cluster: softmax over the clusters j that
     both v and w see (at least 2), so that p and q have the same support. Teacher p: softmax(<f_i,
-    m_(j,v)> / temp), without gradient; student q: softmax(<f_i, m_(j,w)> / temp). KL(p || q), mean
-    over these w, then over the images that have one. table (C, V): group of (k, v), or -1.
+    m_(j,v)> / temp); student q: softmax(<f_i, m_(j,w)> / temp). table (C, V): group of (k, v), or
+    -1. -> log p and log q (B, C, V), the last axis: w; valid (B, V): is w such a camera?
     """
     seen = table >= 0                                                             # (C, V)
-    logits = (similarity / temp)[:, table.clamp(min=0)]          # (B, C, V), the last axis: w
+    logits = (similarity / temp)[:, table.clamp(min=0)]                           # (B, C, V)
     v = camera[group]                                                             # (B,)
     shared = seen & seen[:, v].T[:, :, None]                                      # (B, C, V)
-    teacher = logits.gather(2, v[:, None, None].expand(-1, len(table), 1)).detach()  # (B, C, 1)
+    teacher = logits.gather(2, v[:, None, None].expand(-1, len(table), 1))        # (B, C, 1)
     log_p = teacher.masked_fill(~shared, -1e4).log_softmax(1)                     # (B, C, V)
     log_q = logits.masked_fill(~shared, -1e4).log_softmax(1)  # e^-1e4 is 0; -inf would give NaN
-    kl = (log_p.exp() * (log_p - log_q)).sum(1)                                   # (B, V)
     valid = seen[parent[group]] & (shared.sum(1) >= 2)                            # (B, V)
-    valid = valid.scatter(1, v[:, None], False)               # v itself is the teacher
+    return log_p, log_q, valid.scatter(1, v[:, None], False)  # v itself is the teacher
+
+
+def distillation_loss(similarity, group, parent, camera, table, temp):
+    """L_kd (N4): KL(p || q), without gradient to the teacher p; mean over the cameras w, then over
+    the images that have one. Shapes as above."""
+    log_p, log_q, valid = teacher_and_student(similarity, group, parent, camera, table, temp)
+    log_p = log_p.detach()
+    kl = (log_p.exp() * (log_p - log_q)).sum(1)                                   # (B, V)
     loss = torch.where(valid, kl, 0).sum(1) / valid.sum(1).clamp(min=1)           # (B,)
     return loss.sum() / valid.any(1).sum().clamp(min=1)
 
@@ -209,7 +216,7 @@ def main(argv=None):
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
                                  fused=device.type == "cuda")
     state = dict(generator=generator, model=model, optimizer=optimizer)
-    resumed = log.restore(len(images), **state)
+    resumed = log.restore(train, **state)
     labels = resumed.get("labels")
     if not resumed:  # a new run
         log.epoch("start", scores=common.test(model, test_set))
@@ -221,20 +228,22 @@ def main(argv=None):
         # ---- 1 features of the current network, without augmentation
         features = common.extract_features(model, images)                         # (N, D)
 
+        fallback = labels if args.on_collapse == "skip" else None
+
         # ---- 2 pseudo labels: dense groups of images that share neighbours
         centred = common.centre_cameras(features, cams) if args.centre else features  # W
         if args.true_ids:
             labels = common.renumber(train.pids)                                  # (N,)
         else:
             distance = common.jaccard_distance(centred, args.k1, max_distance=args.eps)
-            labels = common.dbscan(distance, args.eps, at_least=P,
-                                   instead=labels if args.on_collapse == "skip" else None)
+            labels = common.dbscan(distance, args.eps, at_least=P, instead=fallback)
         unrefined = common.label_quality(labels, train.pids)
 
         # ---- 3 camera-aware cluster refinement: --refine may change labels, then the final split
-        if args.refine == "reassign":
+        refined = labels is fallback  # those of the epoch before were
+        if args.refine == "reassign" and not refined:
             labels = common.from_rank_0(reassign, labels, cams, centred)
-        if args.refine == "recluster":
+        if args.refine == "recluster" and not refined:
             labels = recluster(labels, cams, distance, RECLUSTER_EPS * args.eps)
         groups, parent, camera, table = split_by_camera(labels, cams)
 

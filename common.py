@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import errno
 import functools
 import glob
 import hashlib
@@ -83,6 +84,7 @@ class Split(NamedTuple):
     paths: list       # N file names
     pids: np.ndarray  # (N,) int64 person ids, -1: unknown; on a target they only score labels
     cams: np.ndarray  # (N,) int64 cameras, 0..V-1
+    camera_names: list = ()  # (V,) what files and folders call them
 
 
 def load(name, root="data", at_least=1, draw=True):
@@ -90,10 +92,12 @@ def load(name, root="data", at_least=1, draw=True):
 
     name: a key of DATASETS, looked for below `root`, or a folder: one of TRIPLES, its training part
     alone, or own images (read_own). NAME:source and NAME:target read half of it (take_half). A file
-    name starts with person and camera, 0002_c1...; person -1 is junk and dropped, person 0 is wrong
-    for every query. Cameras are renumbered 0..V-1. draw: draw a missing toy set. Raises Problem if
-    files cannot be read or there are fewer than `at_least` training images.
+    name starts with person and camera, 0002_c1...; person -1 is junk and dropped; person 0, a
+    distractor in Market-1501, is a person like others and wrong for every other person's query.
+    Cameras are renumbered 0..V-1. draw: draw a missing toy set. Raises Problem if files cannot be
+    read or there are fewer than `at_least` training images.
     """
+    name, root = os.fspath(name), os.fspath(root)
     name, half = name.rsplit(":", 1) if name.endswith((":source", ":target")) else (name, None)
     folder, rows = from_rank_0(find_and_read, name, root, draw)
     rows = [[row for row in split if row[1] != -1] for split in rows]             # no junk
@@ -106,7 +110,7 @@ def load(name, root="data", at_least=1, draw=True):
         people = [-1 if person is None else person for _, person, _ in split]
         cams = np.searchsorted(cameras, [camera for _, _, camera in split])
         splits.append(Split([path for path, _, _ in split], np.array(people, np.int64),
-                            cams.astype(np.int64)))
+                            cams.astype(np.int64), cameras))
     sizes = [f"{kind} {len(split.paths):,} images of "
              + (f"{len(np.unique(split.pids)):,} ids" if split.pids.max() >= 0 else "unknown ids")
              for kind, split in zip(KINDS, splits) if split.paths]
@@ -121,19 +125,27 @@ MEAN, STD = (.485, .456, .406), (.229, .224, .225)  # ImageNet's, per channel, o
 
 def read_images(split, height, width):
     """Decode and resize (bicubic) every file once -> (N, 3, H, W) uint8 in main memory, 1.27 GB for
-    Market-1501's training set at 256 x 128. Raises Problem for a file that cannot be read."""
+    Market-1501's training set at 256 x 128. Raises Problem that names files that are no images."""
     images = torch.empty(len(split.paths), 3, height, width, dtype=torch.uint8)
 
     def read(i):
-        picture = open_image(split.paths[i])
+        try:
+            picture = open_image(split.paths[i])
+        except Problem as problem:
+            return problem
         picture = picture.resize((width, height), Image.BICUBIC)
         images[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
     pool = ThreadPoolExecutor()
     try:
-        list(progress(pool.map(read, range(len(images))), "decoding images", len(images)))
+        read_all = progress(pool.map(read, range(len(images))), "decoding images", len(images))
+        problems = [str(problem) for problem in read_all if problem]
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
+    if problems:
+        more = f" ... and {len(problems) - 5} more" * (len(problems) > 5)
+        raise Problem(f"{len(problems)} of {len(images)} images are no good: "
+                      f"{'; '.join(problems[:5])}{more} (remove these files or copy them again)")
     return images
 
 
@@ -143,6 +155,8 @@ def read_data(args, device):
     train, query, gallery = load(args.data, args.root, args.batch_size)
     if args.true_ids and train.pids.min() < 0:
         raise Problem(f"--true-ids: the ids of {args.data} are not known (leave it out)")
+    if args.centre:
+        warn_of_few(train.cams)
     images, *test_images = (read_images(split, *args.size) for split in (train, query, gallery))
     return train, place(images, device), (query, gallery, *test_images)
 
@@ -392,11 +406,9 @@ def jaccard_distance(features, k1=30, k2=6, max_distance=1.):
     and other zeros are stored. k1 counts the image itself (30 columns), as in ClusterContrast.
     Raises Problem for features that are not finite.
     """
-    check_finite(features)
-    rank = nearest(features, k1)
-    vectors = reciprocal_vectors(features, rank, k1, k2, lambda cosine, _: np.exp(2 * cosine - 2))
-    rows = []
-    for shared in progress(overlaps(vectors, vectors), "Jaccard distance", len(rank) // 256 + 1):
+    vectors, rows = neighbour_vectors(features, k1, k2), []
+    blocks = len(features) // 256 + 1
+    for shared in progress(overlaps(vectors, vectors), "Jaccard distance", blocks):
         shared.data = (1 - shared.data / (2 - shared.data)).clip(0)               # J(i, j)
         keep = shared.data <= max_distance + 1e-4  # dbscan() widens eps a little
         ends = np.concatenate([[0], keep.cumsum()])[shared.indptr]
@@ -404,6 +416,14 @@ def jaccard_distance(features, k1=30, k2=6, max_distance=1.):
     distance = vstack(rows, format="csr")
     distance.sort_indices()
     return distance
+
+
+def neighbour_vectors(features, k1, k2=6):
+    """-> sparse (N, N): each image's neighbours and how much each counts; rows sum to 1. The
+    Jaccard distance compares two rows."""
+    check_features(features)
+    rank = nearest(features, k1)
+    return reciprocal_vectors(features, rank, k1, k2, lambda cosine, _: np.exp(2 * cosine - 2))
 
 
 def reciprocal_vectors(features, rank, k1, k2, weigh):
@@ -471,6 +491,7 @@ def dbscan(distance, eps, min_samples=4, at_least=2, instead=None, flag="--eps")
     Problem, which advises to change `flag`.
     """
     graph = sort_graph_by_row_values(distance, copy=True, warn_when_not_sorted=False)
+    at_least = max(at_least, 2) if at_least else 0  # one cluster has nothing to be told from
     method = DBSCAN(eps=eps + 1e-5, min_samples=min_samples, metric="precomputed")
     labels = from_rank_0(method.fit_predict, graph).astype(np.int64)          # appendix F
     clusters, outliers = labels.max() + 1, (labels < 0).sum()
@@ -551,7 +572,7 @@ def evaluate(query_features, gallery_features, query, gallery, topk=(1, 5, 10), 
     ignored; queries without a right answer in another camera do not count. Features (Q, D) and
     (G, D). Raises Problem for features that are not finite.
     """
-    check_finite(query_features, gallery_features)
+    check_features(query_features, gallery_features)
     similar = (rows @ gallery_features.T for rows in query_features.split(block))
     return score_ranking(similar, query, gallery, topk, block)
 
@@ -605,6 +626,8 @@ def average_precision(similar, right):
 
 # ================================================================ A starting from random weights
 # In none of the papers. It replaces ImageNet weights, so that the toy set needs no download.
+
+FEW_IMAGES = 10  # cameras with fewer are not centred by their own mean
 
 
 class InstanceBatchNorm(nn.Module):
@@ -677,11 +700,26 @@ def warm_up(model, images, cams, generator, epochs=4, batch_size=96, lr=1e-3, te
 
 
 def camera_means(features, cams):
-    """(..., N, D) features -> (..., N, D): for every image the mean feature of its camera."""
+    """(..., N, D) features -> (..., N, D): for every image the mean feature of its camera or, if
+    that has fewer than FEW_IMAGES, of all images: a mean of few holds much of each person."""
     cams = torch.from_numpy(cams).to(features.device)
     sums = features.new_zeros(*features.shape[:-2], int(cams.max()) + 1, features.shape[-1])
     sums.index_add_(-2, cams, features)
-    return (sums / torch.bincount(cams).clamp(min=1)[:, None])[..., cams, :]
+    count = torch.bincount(cams)
+    means = sums / count.clamp(min=1)[:, None]                                    # (..., V, D)
+    few = count < FEW_IMAGES
+    if few.any():
+        means[..., few, :] = features.mean(-2, keepdim=True)
+    return means[..., cams, :]
+
+
+def warn_of_few(cams):
+    """Say which part of --centre does not do what its name says."""
+    few = (np.bincount(cams) < FEW_IMAGES).sum()
+    if few:
+        say(f"note: {few} of {cams.max() + 1} cameras have fewer than {FEW_IMAGES} images; "
+            "--centre does not subtract their own mean, which would take the person away too, but "
+            "that of all images", sys.stderr)
 
 
 def centre_cameras(features, cams):
@@ -800,7 +838,8 @@ DATASETS = {  # official folder names; published numbers of images in KINDS, wit
 KINDS = ("train", "query", "gallery")
 TRIPLES = (("bounding_box_train", "query", "bounding_box_test"),
            ("image_train", "image_query", "image_test"))
-SUFFIXES, FORMATS = (".jpg", ".jpeg", ".png", ".bmp"), ("JPEG", "PNG", "BMP")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
 MAX_PIXELS = 2 ** 25  # a pedestrian crop has about 2 ** 13; far more means a broken or hostile file
 
 
@@ -824,6 +863,13 @@ def find_and_read(name, root, draw):
                               "training images alone are enough to train without scores)")
         if os.path.isfile(os.path.join(folder, "list_train.txt")):
             return folder, read_msmt_lists(folder)
+    if os.path.isfile(name):
+        raise Problem(f"--data {name} is a file (unpack it if it is an archive, then name its "
+                      "folder)")
+    found = next(filter(None, map(lies_below, folders)), None)
+    if found:
+        raise Problem(f"data set {name!r} not found in {', '.join(folders)}, but {found} looks "
+                      f"like it (say --data {found}, or move it up)")
     if name not in DATASETS and os.path.isdir(name):
         return name, [read_own(name), [], []]
     close = difflib.get_close_matches(name.lower(), DATASETS, 1)
@@ -850,58 +896,198 @@ def list_folder(folder):
             and name not in ("Thumbs.db", "desktop.ini", "__MACOSX")]
 
 
+def lies_below(folder, levels=3):
+    """-> a folder at most so many levels below that holds the training part of a data set."""
+    names = list_folder(folder) if os.path.isdir(folder) else []
+    if any(name in ("list_train.txt", *(parts[0] for parts in TRIPLES)) for name in names):
+        return folder
+    below = (os.path.join(folder, name) for name in names if not is_image(name))
+    return next(filter(None, (lies_below(path, levels - 1) for path in below)), None
+                ) if levels else None
+
+
+def is_image(name):
+    return name.lower().endswith(SUFFIXES)
+
+
 def read_folder(home, part):
     """-> list of (path, person, camera), sorted by name; every file name must parse."""
     rows, wrong, folder = [], [], os.path.join(home, part)
     for name in list_folder(folder):
         match = re.match(r"(?i)(-?\d{1,9})_c(\d{1,9})(?!\d)", name)
-        if match and name.lower().endswith(SUFFIXES):
+        if match and is_image(name):
             rows.append((os.path.join(folder, name), int(match[1]), int(match[2])))
         else:
             wrong.append(name)
+    inner = [name for name in wrong if os.path.isdir(os.path.join(folder, name))]
+    if inner:
+        images = sum(map(is_image, list_folder(os.path.join(folder, inner[0]))))
+        raise Problem(f"{folder} holds {len(inner)} folders, the first, {inner[0]}, with {images} "
+                      "images (move the images up, or the folder away)")
     if wrong:
         raise Problem(f"{folder}: {len(wrong)} files are not named <person>_c<camera>...jpg (png, "
-                      f"bmp), the first: {', '.join(wrong[:5])} (rename or move them)")
-    check_files([home, folder], rows)
+                      f"bmp, webp, tif), the first: {', '.join(wrong[:5])} (rename or move them)")
+    check_files(rows)
     return rows
 
 
+LAY_OUT = ("put the images in one folder, in one per camera, called cam1, cam2 or cam_left, in one "
+           "per person, or in person folders inside camera folders, and nothing else beside them")
+PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "gallery", "query",
+         "probe", "eval", "dev"}  # words for parts of a data set, which are no people
+
+
 def read_own(home):
-    """The user's own images -> list of (path, person or None, camera). They lie in one folder, in
-    one per camera (c1, cam2, camera-3) or in one per person; file names may give person
-    (0002_c1...) and camera (..._c1...). Either counts only if it is known for all images."""
-    parts, rows = {}, []  # folders with images: their names
-    for part in ("", *list_folder(home)):
-        folder = os.path.join(home, part)
-        names = list_folder(folder) if os.path.isdir(folder) else []
-        images = [name for name in names if name.lower().endswith(SUFFIXES)]
-        if images:
-            parts[part] = images
-    cameras = [re.fullmatch(r"(?i)(?:c|cam|camera)[ _-]?(\d{1,9})", part) for part in parts]
-    if not parts:
-        raise Problem(f"{home} holds neither {', '.join(TRIPLES[0])} nor images (name the folder "
-                      "of a data set or of images)")
-    if "" in parts and len(parts) > 1 or any(cameras) and not all(cameras):
-        odd = "" if "" in parts else next(x for x, camera in zip(parts, cameras) if not camera)
-        raise Problem(f"{home} holds images in {os.path.join(home, odd)} beside those in folders "
-                      "such as " + next(os.path.join(home, x) for x in parts if x != odd)
-                      + " (put all in one folder, in one per camera or in one per person)")
-    for number, (part, names) in enumerate(parts.items(), 1):
-        for name in names:
-            person = re.match(r"(?i)(-?\d{1,9})_c\d", name)
-            camera = re.search(r"(?i)(?:^|_)c(?:am)?(\d{1,9})(?!\d)", name)
-            person, camera = person and int(person[1]), camera and int(camera[1])
-            if all(cameras):
-                camera = int(cameras[number - 1][1])
-            elif part:
-                person = number
-            rows.append((os.path.join(home, part, name), person, camera))
-    check_files([home, *{os.path.dirname(row[0]) for row in rows}], rows)
-    known, seen = (all(row[i] is not None for row in rows) for i in (1, 2))
-    say(f"{home}: " + ("person ids are known" if known else "no person ids, so nothing is scored")
-        + ("" if seen else "; no cameras, so all images count as one camera's"), sys.stderr)
-    return [(path, person if known else None, camera if seen else 0)
-            for path, person, camera in rows]
+    """The user's own images -> list of (path, person or None, camera).
+
+    They lie in one folder, in one per camera (c1, cam_a, camera-left), in one per person, or in
+    both kinds, one inside the other. File names may give person (0002_c1...) and camera (..._c1).
+    Either counts only if it is known for all images. Prints what was understood. Raises Problem
+    for other trees, and where folders and file names contradict each other.
+    """
+    files = list_tree(home)
+    images = [(parts, name) for parts, name in files if is_image(name)]
+    others = [os.path.join(*parts, name) for parts, name in files if not is_image(name)]
+    kinds = sorted({os.path.splitext(name)[1] or "no ending" for name in others})
+    left_out = (f"{len(others)} files ({', '.join(kinds)}; the first: {others[0]}) are no JPEG, "
+                "PNG, BMP, WebP or TIFF" if others else "")
+    if not images:
+        raise Problem(f"{home} holds neither {', '.join(TRIPLES[0])} nor images"
+                      + (f"; {left_out} (convert them" if others else " (name another folder")
+                      + f", or {LAY_OUT})")
+    person_folder, camera_folder = read_levels(home, images)
+    rows = []
+    for parts, name in images:
+        person = re.match(r"(?i)(-?\d{1,9})_c\d", name)
+        camera = re.search(r"(?i)(?:^|_)c(?:am)?(\d{1,9})(?!\d)", name)
+        rows.append(dict(
+            path=os.path.join(home, *parts, name),
+            person=person and int(person[1]), camera=camera and int(camera[1]),
+            person_folder=None if person_folder is None else parts[person_folder],
+            camera_folder=None if camera_folder is None else parts[camera_folder]))
+    check_files([(row["path"],) for row in rows])
+    check_names(rows)
+    people = numbers_of(rows, "person")
+    cameras = numbers_of(rows, "camera")
+    say(f"{home}: {len(rows)} images, such as {os.path.relpath(rows[0]['path'], home)}: "
+        + understood(rows, "person", people) + ", " + understood(rows, "camera", cameras)
+        + "; no person ids, so nothing is scored" * (people is None)
+        + "; no cameras, so all images count as one camera's" * (cameras is None), sys.stderr)
+    if others:
+        say(f"warning: {home}: left out: {left_out}", sys.stderr)
+    people, cameras = people or [None] * len(rows), cameras or [0] * len(rows)
+    return [(row["path"], *both) for row, *both in zip(rows, people, cameras)]
+
+
+def list_tree(home, parts=(), levels=4):
+    """-> list of (folders below home, name) of all files, sorted, at most so many levels deep."""
+    files, folder = [], os.path.join(home, *parts)
+    for name in list_folder(folder):
+        if not is_image(name) and os.path.isdir(os.path.join(folder, name)):
+            files += list_tree(home, (*parts, name), levels - 1) if levels else []
+        else:
+            files.append((parts, name))
+    return files
+
+
+def is_camera(folder):
+    """Is a folder called like a camera: c1, cam2, camA, cam_left, camera-3, front_camera?"""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", folder)
+    return bool(re.fullmatch(r"(?i)c[ _-]?\d+", folder) or any(
+        re.fullmatch(r"(?i)(\w*cam|camera|kamera)[a-z]?", word) for word in words))
+
+
+def read_levels(home, images):
+    """-> at which level of folders people and cameras are, None: at none. Raises Problem."""
+    folders = sorted({parts for parts, _ in images})
+    where = [os.path.join(home, *parts) for parts in folders]
+    for parts in folders:
+        for level, name in enumerate(parts):
+            if PARTS.intersection(re.split(r"[\W_\d]+", name.lower())):
+                part = os.path.join(home, *parts[:level + 1])
+                raise Problem(
+                    f"{part} is called like a part of a data set and not like a camera or a person "
+                    f"(to train on it alone: --data {part}; for scores too, call the parts "
+                    f"{', '.join(TRIPLES[0])} and their files 0002_c1_7.jpg: person, camera)")
+    depths = sorted({len(parts) for parts in folders})
+    if len(depths) > 1:
+        odd = where[[len(parts) for parts in folders].index(depths[0])]
+        raise Problem(f"{home} holds images in {odd} beside those in "
+                      f"{next(x for x, parts in zip(where, folders) if len(parts) > depths[0])} "
+                      f"({LAY_OUT})")
+    if depths[0] > 2:
+        raise Problem(f"{home}: its {len(images)} images lie {depths[0]} folders deep, the first "
+                      f"in {where[0]} (name a folder nearer to them, or {LAY_OUT})")
+    levels = [sorted({parts[level] for parts in folders}) for level in range(depths[0])]
+    cameras = [sum(map(is_camera, names)) for names in levels]
+    for names, number in zip(levels, cameras):
+        if 0 < number < len(names):
+            odd = next(name for name in names if not is_camera(name))
+            raise Problem(f"{home} holds images in {os.path.join(home, odd)} beside those in "
+                          f"folders such as {next(filter(is_camera, names))} ({LAY_OUT})")
+    if len(levels) == 2 and bool(cameras[0]) == bool(cameras[1]):
+        raise Problem(f"{home}: which level of {where[0]} is the camera and which the person is "
+                      f"not to be seen ({LAY_OUT})")
+    camera = next((level for level, number in enumerate(cameras) if number), None)
+    person = next((level for level, number in enumerate(cameras) if not number), None)
+    return person, camera
+
+
+def check_names(rows):
+    """Raises Problem where folders and file names of read_own() contradict each other."""
+    def one_to_one(a, b):
+        pairs = {(row[a], row[b]): row for row in rows if None not in (row[a], row[b])}
+        for side in (0, 1):
+            first = {}
+            for pair, row in pairs.items():
+                other = first.setdefault(pair[side], row)
+                if other is not row:
+                    return other, row
+        return None
+    for kind in ("person", "camera"):
+        clash = one_to_one(f"{kind}_folder", kind)
+        if clash:
+            raise Problem(f"{clash[0]['path']} and {clash[1]['path']}: the folders are no {kind}s, "
+                          f"if the file names are right, {kind} {clash[0][kind]} and "
+                          f"{clash[1][kind]} (rename one of them: {LAY_OUT})")
+    for row in rows:
+        number = re.findall(r"\d+", row["camera_folder"] or "")
+        if row["camera"] is not None and number and int(number[0]) != row["camera"]:
+            raise Problem(f"{row['path']}: camera {number[0]} by the folder, {row['camera']} by "
+                          "the file name (rename one of them)")
+    folders = {row["person_folder"] for row in rows} - {None}
+    if len(folders) > 1 and all(row["camera"] is not None for row in rows) and not one_to_one(
+            "person_folder", "camera"):
+        raise Problem(f"{rows[0]['path']}: every folder holds the images of one camera, by the "
+                      "file names, so folders look like cameras and not like people (call them "
+                      "cam1, cam2, or take the cameras out of the file names)")
+
+
+def numbers_of(rows, kind):
+    """-> the person or camera of every row, from its file name or else its folder, or None. Folders
+    of cameras keep their numbers or names, those of people are counted from 1."""
+    named = [row[kind] for row in rows]
+    if None not in named:
+        return named
+    folders = [row[f"{kind}_folder"] for row in rows]
+    if None in folders:
+        return None
+    found = {folder: re.findall(r"\d+", folder) for folder in folders}
+    numbers = {int(digits[0]) for digits in found.values() if len(digits) == 1}
+    if kind == "camera":
+        return [int(found[x][0]) if len(numbers) == len(found) else x for x in folders]
+    order = sorted(found)
+    return [1 + order.index(folder) for folder in folders]
+
+
+def understood(rows, kind, numbers):
+    """-> in words, where the first image's person or camera comes from."""
+    first, named = rows[0], sum(row[kind] is not None for row in rows)
+    if numbers is None:
+        return f"no {kind}" + f" (only {named} of {len(rows)} file names give one)" * bool(named)
+    if named == len(rows):
+        return f"{kind} {first[kind]} from its name"
+    return f"{kind} {first[kind + '_folder']} from its folder"
 
 
 def read_msmt_lists(folder):
@@ -918,7 +1104,7 @@ def read_msmt_lists(folder):
                 raise Problem(f"{listing}: {line[:80]!r} does not read like "
                               "0000/0000_045_12_0303morning_0006_2.jpg 0 (correct the list)")
             rows.append((os.path.join(folder, part, match[1]), int(match[3]), int(match[2])))
-        check_files([folder, os.path.join(folder, part)], rows)
+        check_files(rows)
         return rows
     train, test = ("train", "mask_train_v2"), ("test", "mask_test_v2")
     return [read("list_train.txt", *train) + read("list_val.txt", *train),
@@ -934,16 +1120,10 @@ def read_text(path):
         raise Problem(f"{path} cannot be read: {error} (copy it again)") from error
 
 
-def check_files(folders, rows):
-    """Raises Problem for a path that is no regular file of the data set: a pipe, a folder, a link
-    to a file outside (it could expose any file of this machine). The folders may be links."""
-    homes = [os.path.join(os.path.realpath(folder), "") for folder in folders]
-    for path, _, _ in rows:
-        real = os.path.realpath(path)
-        if not real.startswith(tuple(homes)):
-            raise Problem(f"{path} leads out of {folders[0]}, to {real} (copy the images, links "
-                          "that leave a data set are not followed)")
-        if not os.path.isfile(real):
+def check_files(rows):
+    """Raises Problem for a path that is no file nor a link to one: a pipe, a folder, a loop."""
+    for path, *_ in rows:
+        if not os.path.isfile(path):
             raise Problem(f"{path} cannot be read: not a file (remove it or copy it again)")
 
 
@@ -983,15 +1163,67 @@ def check_rows(name, folder, rows, at_least):
 
 
 def open_image(path):
-    """-> a decoded RGB image. Raises Problem for a file that is no image or far too large."""
+    """-> a decoded RGB image, turned as its EXIF orientation says. Transparent pixels become white,
+    16 bits a pixel become 8. Raises Problem for a file that is no image, far too large, or of
+    another mode."""
     try:
         with Image.open(path, formats=FORMATS) as picture:  # others may start programs
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels is no pedestrian crop")
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Problem(f"{path}: cannot be read as an image ({error}); remove the file or copy it "
-                      "again") from error
+            picture.load()
+            return to_rgb(upright(picture), picture.format)
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise Problem(f"{path}: cannot be read as an image ({what_is(path) or error})") from error
+
+
+def upright(picture):
+    """A decoded Pillow image -> the same, turned and mirrored as its EXIF orientation says."""
+    try:
+        orientation = picture.getexif().get(0x0112)
+    except Exception:  # a damaged EXIF block does not spoil the picture
+        orientation = None
+    turn = Image.Transpose
+    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM,
+             5: turn.TRANSPOSE, 6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}
+    return picture.transpose(turns[orientation]) if orientation in turns else picture
+
+
+def to_rgb(picture, form):
+    """A Pillow image of any mode, read from a file of format `form` -> an RGB image that looks as
+    in a viewer. Raises ValueError for modes whose range of values is not known."""
+    if picture.mode.startswith("I;16") or (picture.mode, form) == ("I", "PNG"):
+        grey = np.asarray(picture).astype(np.float32) / 257  # 65535 -> 255
+        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"mode {picture.mode}, 32 bits a pixel; convert it to 8 bits")
+    if "transparency" in picture.info or picture.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        picture = picture.convert("RGBA")
+        if not picture.getextrema()[3][1]:
+            raise ValueError("every pixel is transparent")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+KINDS_OF_FILES = {  # how files begin that are called .jpg and are none
+    b"version https://git-lfs": "a Git LFS pointer: run git lfs pull", b"%PDF": "a PDF",
+    b"<!DOCTYPE": "a web page, so the download failed",
+    b"<html": "a web page, so the download failed",
+    b"<?xml": "XML or SVG", b"%!PS": "PostScript", b"GIF8": "GIF", b"PK": "a zip archive",
+    b"P5": "PGM", b"P6": "PPM", b"\0\0\0\x0cjP": "JPEG 2000", b"ftypavif": "AVIF", b"ftyp": "HEIC"}
+
+
+def what_is(path):
+    """-> what a file that cannot be read is, judged by its first bytes, or ""."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64).lstrip()
+    except OSError as error:
+        return error.strerror
+    for mark, kind in KINDS_OF_FILES.items():
+        if head.lower().startswith(mark.lower()) or mark in head[4:12] and mark[:4] == b"ftyp":
+            return f"it is {kind}"
+    return "" if head else "it is empty"
 
 
 def load_weights(net, arch, weights):
@@ -1006,9 +1238,29 @@ def load_weights(net, arch, weights):
                           f"{error}): put a whole file at {path}, or say --weights FILE or "
                           "--weights none") from error
     else:
-        state = load_checkpoint(weights, ("conv1.weight",))
+        state = unwrapped(load_checkpoint(weights), weights)
     unused = ("fc.", "layer4.") if arch.endswith("-layer3") else ("fc.",)
     fill(net, state, f"--weights {weights} does not fit --arch {arch}", unused)
+
+
+def unwrapped(state, path, first="conv1.weight"):
+    """A published file's content -> the state dict of its ResNet in torchvision's names: from one
+    level down ("state_dict", "model"), without a common prefix ("module.", "backbone."). Heads
+    are left out. Raises Problem if there is none."""
+    levels = [state, *state.values()] if isinstance(state, dict) else []
+    levels = [level for level in levels if isinstance(level, dict)]
+    for level in levels:
+        for name, value in level.items():
+            prefix = str(name).removesuffix(first)
+            if str(name).endswith(first) and f"{prefix}layer1.0.{first}" in level:
+                if prefix:
+                    say(f"note: {path}: names are read without {prefix}", sys.stderr)
+                ours = tuple(prefix + part for part in ("conv1.", "bn1.", "layer"))
+                return {key.removeprefix(prefix): value for key, value in level.items()
+                        if key.startswith(ours)}
+    names = [str(name) for level in levels[::-1] for name in level][:3]
+    raise Problem(f"{path} holds no ResNet in torchvision's format, with {first}; its names start "
+                  f"with {', '.join(names) or 'nothing'} (choose another file)")
 
 
 def fill(module, state, what, unused=()):
@@ -1027,6 +1279,7 @@ def fill(module, state, what, unused=()):
 
 # ================================================================= D command line, seeds, devices
 
+COMMAND_LINE = []  # filled by run()
 DEVICES = ("auto", "cpu", "cuda", "mps")
 NO_NUMBER = {"out", "first_stage", "code", "root", "device", "eval_every", "resume", "on_collapse",
              "recompute"}  # flags and notes that do not change the results
@@ -1051,6 +1304,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             usage="%(prog)s [flags]", description=text, allow_abbrev=False, **options,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100))
+
+    def parse_known_args(self, args=None, namespace=None):
+        """args: words, also paths and numbers. None: those of the command line, if run() started
+        the program; a notebook's own are not meant for a page."""
+        args = COMMAND_LINE if args is None else args
+        return super().parse_known_args([str(word) for word in args], namespace)
 
     def error(self, message):
         raise Problem(f"{message} (--help explains every flag)")
@@ -1118,6 +1377,8 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
     other = settings["toy" if early.weights == "none" else "market1501"]
     parser.set_defaults(**settings.get(early.data.rsplit(":", 1)[0], other))
     args, defaults = parser.parse_args(argv), parser.parse_args(["--data", early.data])
+    if not (early.data.rsplit(":", 1)[0] in settings):  # --weights none chose other settings
+        defaults.weights = settings["market1501"]["weights"]
     if args.batch_size % args.num_instances or args.batch_size % args.bn_splits:
         raise Problem(f"--batch-size {args.batch_size} is no multiple of --num-instances "
                       f"{args.num_instances} and --bn-splits {args.bn_splits} (change one of them)")
@@ -1149,7 +1410,8 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
 
 def run_folder(method, args, defaults, ignored=()):
     """-> runs/METHOD-DATA-sSEED and every flag that differs from its default and is not ignored."""
-    name = f"{method}-{os.path.basename(os.path.normpath(args.data))}-s{args.seed}"
+    data = os.path.normpath(args.data).strip(os.sep + ".")  # the whole path: a/images, b/images
+    name = f"{method}-{data}-s{args.seed}"
     ignored = NO_NUMBER.union(ignored, ("data", "seed", "stage"))
     for flag, value in vars(args).items():
         if flag not in ignored and value != getattr(defaults, flag):
@@ -1190,6 +1452,7 @@ def run(main, resume="--resume"):
     sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it was closed
     sys.stdout = sys.stdout or sys.stderr
     try:
+        COMMAND_LINE[:] = sys.argv[1:]
         return as_one(main)
     except Problem as problem:
         message, code = problem, 2
@@ -1239,15 +1502,21 @@ def seed_everything(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def check_finite(*features):
-    """Raises Problem for features that are not finite."""
-    if not all(rows.sum(1).isfinite().all() for rows in features):
-        raise Problem("features are not finite: bad weights, or training diverged (lower --lr)")
+def check_features(*features):
+    """Raises Problem for features (N, D) that are not finite, or 0: all are equally near to it."""
+    for rows in features:
+        length = rows.norm(dim=1)
+        if not length.isfinite().all():
+            raise Problem("features are not finite: bad weights, or training diverged (lower --lr)")
+        zero = int((length == 0).sum())
+        if zero:
+            raise Problem(f"{zero:,} of {len(rows):,} features are 0: equal images, or a network "
+                          "that no longer tells images apart (other images, or lower --lr)")
 
 
 # ========================================================================== E logs and checkpoints
 
-FORMAT = 3  # of last.pt; files of another format are refused
+FORMAT = 4  # of last.pt; files of another format are refused
 LOCKS = {}  # path -> open log of this process
 
 
@@ -1288,6 +1557,7 @@ class Log:
     def __init__(self, folder, device, args, epochs="epochs", free=()):
         self.folder, self.path, self.args = folder, os.path.join(folder, "log.jsonl"), vars(args)
         self.file, self.start, self.total = None, time.time(), self.args[epochs]
+        self.files = ""
         self.device, self.began, self.rounds = torch.device(device), None, 0
         state = from_rank_0(self._read, epochs, free)
         if not state or state["epoch"] < self.total:
@@ -1302,6 +1572,7 @@ class Log:
             self.start, self.lines = self.start - state["seconds"], state["lines"]
             from_rank_0(self._write)
             if state["epoch"] == self.total:
+                self._check_data("source" if epochs == "source_epochs" else "data", state)
                 self.finished = state
                 say(f"{folder}: finished before on {state['images']:,} images, nothing to do"
                     + in_words(state["scores"]))
@@ -1343,7 +1614,7 @@ class Log:
                 LOCKS.pop(name).close()
             LOCKS[name] = self.file = open(self.path, "ab", buffering=0)
             if fcntl:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(self.file)
         except (OSError, RecursionError, ValueError) as error:
             busy = "another process is writing there" if type(error) is BlockingIOError else error
             raise Problem(f"{self.folder} cannot be written: {busy} (choose another --out)"
@@ -1367,18 +1638,33 @@ class Log:
             raise Problem(f"{self.path} cannot be written: {error} (free some space, then go on "
                           "with --resume)") from error
 
-    def restore(self, images, **parts):
+    def _check_data(self, flag, state):
+        """Raises Problem if the data set of a finished run has other images now. If it is not there
+        any more, the run is shown all the same."""
+        try:
+            train, *_ = load(self.args[flag], self.args["root"], draw=False)
+        except Problem:
+            return
+        self._check_files(train, state)
+
+    def _check_files(self, train, state):
+        if (state["images"], state["files"]) != (len(train.paths), names_of(train)):
+            raise Problem(f"{self.folder} is of a run on {state['images']} training images, now "
+                          f"there are {len(train.paths)}, or their names are others (restore the "
+                          "data set, or choose another --out)")
+
+    def restore(self, train, **parts):
         """--resume: load the checkpoint's state into `parts`: modules, optimisers and generators.
 
-        -> dict of the rest: epoch, the number of finished epochs, and what epoch() was told to
-        keep; {} in a new run. Raises Problem if a part or the number of images does not fit.
+        train: the Split that is trained on. -> dict of the rest: epoch, the number of finished
+        epochs, and what epoch() was told to keep; {} in a new run. Tensors come back as arrays.
+        Raises Problem if a part or the names of the images do not fit.
         """
+        self.files = names_of(train)
         state, self.state = self.state, None
         if not state:
             return {}
-        if state["images"] != images:
-            raise Problem(f"{self.folder} is of a run on {state['images']} training images, now "
-                          f"there are {images} (restore the data set, or choose another --out)")
+        self._check_files(train, state)
         try:
             for name, part in parts.items():
                 load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
@@ -1425,17 +1711,18 @@ class Log:
         self.lines.append(json.dumps(dict(record, seconds=round(seconds, 2))) + "\n")
         if keep:
             model = keep["model"]
-            if not all(value.isfinite().all() for value in model.state_dict().values()):
-                raise Problem(f"{title}: weights are not finite, training diverged (lower --lr; "
-                              "the last good epoch is kept)")
             state = {name: value.get_state() if isinstance(value, torch.Generator) else
                      torch.from_numpy(value) if isinstance(value, np.ndarray) else
                      value.state_dict() if hasattr(value, "state_dict") else value
                      for name, value in keep.items()}
+            if not all(value.isfinite().all() for value in tensors_in(state)):
+                raise Problem(f"{title}: weights are not finite, training diverged (lower --lr; "
+                              "the last good epoch is kept)")
             from_rank_0(
                 save_checkpoint, os.path.join(self.folder, "last.pt"), **self.args, **state,
                 format=FORMAT, parts=model.parts, pooling=model.pooling, epoch=epoch,
-                scores=scores or {}, images=len(keep["labels"]), lines=self.lines, seconds=seconds)
+                scores=scores or {}, images=len(keep["labels"]), files=self.files, lines=self.lines,
+                seconds=seconds)
         from_rank_0(self._write)
         left = ""
         if self.began and keep and epoch < self.total:
@@ -1446,9 +1733,10 @@ class Log:
 
     def finish(self, scores, train, labels):
         """End a run -> scores. Without scores, write clusters.csv: file, cluster (-1: an outlier)
-        and camera, from 1 as in reports, of every training image. The folder is unlocked."""
+        and camera, as files or folders call it, of every training image. The folder is unlocked."""
         if not scores and RANK == 0:
-            rows = zip(train.paths, labels.tolist(), (train.cams + 1).tolist())
+            cameras = [train.camera_names[camera] for camera in train.cams]
+            rows = zip(train.paths, labels.tolist(), cameras)
             path = os.path.join(self.folder, "clusters.csv")
             with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 csv.writer(file).writerows([("file", "cluster", "camera"), *rows])
@@ -1457,6 +1745,33 @@ class Log:
         if RANK == 0:
             LOCKS.pop(os.path.realpath(self.path)).close()
         return scores
+
+
+def lock(file):
+    """Lock an open file, or raise BlockingIOError. Some file systems of clusters have no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        say(f"note: {file.name} cannot be locked here ({error.strerror}); do not start two runs in "
+            "this folder", sys.stderr)
+
+
+def names_of(split):
+    """-> a hash of the images' names below their common folder, which may move."""
+    home = os.path.commonpath(split.paths)
+    names = sorted(os.path.relpath(path, home) for path in split.paths)
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def tensors_in(value):
+    """-> all tensors in nested dicts and lists."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [x for part in value for x in tensors_in(part)]
+    return [value] if torch.is_tensor(value) else []
 
 
 def in_words(scores):
@@ -1527,7 +1842,7 @@ def load_run(path, *keys):
     """-> the dict of a run's last.pt. Raises Problem for any other file."""
     kinds = dict(format=int, model=dict, arch=str, parts=int, pooling=str, size=tuple, data=str,
                  root=str, epoch=int, epochs=int, scores=dict, lines=list, seconds=float, bf16=bool,
-                 fp32=bool, images=int, code=dict)
+                 fp32=bool, images=int, files=str, code=dict)
     state = load_checkpoint(path, (*kinds, *keys))
     if not (all(isinstance(state[key], kind) for key, kind in kinds.items())
             and state["format"] == FORMAT and state["arch"] in ARCHS
@@ -1550,8 +1865,9 @@ def load_encoder(path):
 
 
 def embed(model, files):
-    """Features of image files, from a network of load_encoder() -> (len(files), D), unit rows, so
-    that the product of two rows is the similarity of two images, from -1 to 1."""
+    """Features of image files, one or several, from a network of load_encoder() -> (len(files), D),
+    unit rows, so that the product of two rows is the similarity of two images, from -1 to 1."""
+    files = [files] if isinstance(files, (str, os.PathLike)) else files
     images = read_images(Split([os.fspath(file) for file in files], None, None), *model.size)
     return global_features(model, images)
 

@@ -14,6 +14,7 @@ A report shows images of its data set, whose terms of use apply to it too.
 """
 
 import argparse
+import copy
 import html
 import io
 import json
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, os.path.join(common.HERE, "tests"))
+import lesson  # noqa: E402  the report's first chapter, tests/lesson.py
 import report  # noqa: E402  the figures, tests/report.py
 
 # ========================================================================================= rankings
@@ -39,7 +41,7 @@ def rerank(query_features, gallery_features, k1=20, k2=6, lam=.3, block=256):
     by the largest of its row. Memory grows linearly with Q + G.
     """
     features = torch.cat([query_features, gallery_features])
-    common.check_finite(features)
+    common.check_features(features)
     smallest = features.new_ones(len(features))  # cosine of each image with the least similar one
     for start in range(0, len(features), block):  # a pair's cosine serves both of its images
         cosine = features[start:start + block] @ features[start:].T
@@ -166,16 +168,22 @@ def prepare(model, state, device):
     return model.on(device, argparse.Namespace(bf16=bf16, fp32=state["fp32"], recompute=False))
 
 
-def initial_network(run):
-    """-> the network before training and its description; or None and the reason."""
+def first_stage(run, flag, name):
+    """-> the folder of a run's first stage: that of its flag, or `name` below its own."""
+    first = run.folder if run.state["first_stage"] == run.state["out"] else run.state["first_stage"]
+    return locate(run.state[flag] or os.path.join(first, name), run.home)
+
+
+def initial_network(run, number=1):
+    """-> the network before training and its description; or None and the reason. number: of
+    SSKD's networks."""
     state = run.state
     try:
         if "classifier" in state:
             return None, "a source network does not keep its first weights"
         if "nets" in state:
-            first = run.folder if state["first_stage"] == state["out"] else state["first_stage"]
-            folder = locate(state["sources"] or os.path.join(first, "source"), run.home)
-            return common.load_encoder(os.path.join(folder, "1", "last.pt"))[0], "source network 1"
+            path = os.path.join(first_stage(run, "sources", "source"), str(number), "last.pt")
+            return common.load_encoder(path)[0], f"source network {number}"
         weights = state["weights"]
         weights = weights if weights in ("none", "imagenet") else locate(weights, run.home)
         common.seed_everything(state["seed"])  # as the page did before it built the network
@@ -183,6 +191,28 @@ def initial_network(run):
         return network, "random weights" if weights == "none" else os.path.basename(weights)
     except (common.Problem, KeyError, TypeError, ValueError) as problem:
         return None, str(problem)
+
+
+def first_chapter(run, device):
+    """-> the chapter of the report that redoes an epoch; or why it is left out."""
+    state, others = run.state, []
+    networks, what = zip(*(initial_network(run, i + 1) for i in range(state.get("nets", 1))))
+    networks = [prepare(net, state, device) for net in networks if net]
+    try:
+        if "nets" in state:
+            for name in ("students", "slow"):
+                module = torch.nn.ModuleList(copy.deepcopy(run.model) for _ in networks)
+                common.fill(module, state[name], f"{run.path} holds no fitting networks")
+                others.append(module.eval())
+        if state.get("stage") == "student":
+            args = argparse.Namespace(**state)
+            teacher = lesson.mskd.load_teacher(first_stage(run, "teacher", "teacher"), args)
+            others = [prepare(teacher, state, device)]
+        images = common.read_images(run.train, *state["size"])
+        before = networks if len(networks) == len(what) else None
+        return lesson.chapter(run, images, (before, what[-1]), others)
+    except common.Problem as problem:
+        return f"<p>Left out: {html.escape(str(problem))}.</p>"
 
 
 def read_log(run):
@@ -228,10 +258,11 @@ def about(run, scores):
                          "led to them.", "flags that differ, before you compare two runs.")
 
 
-def draw_run(run, features, images):
+def draw_run(run, features, images, device):
     """-> the report page of a run. features, images: of query and gallery; [] without ids."""
     test, labels = (run.query, run.gallery), run.state.get("labels")
     ours = run.trained_here and "classifier" not in run.state  # else: other images, or --source's
+    ours = ours and run.state["files"] == common.names_of(run.train)
     ours = ours and torch.is_tensor(labels) and labels.shape == (len(run.train.paths),)
     ours = ours and labels.max() >= 0
     labels = labels.numpy() if ours else None
@@ -240,14 +271,15 @@ def draw_run(run, features, images):
         if known and "clusters" in line:
             line["true ids"] = len(np.unique(run.train.pids))
     parts = {"Run and score": about(run, features and common.evaluate(*features, *test)),
+             CHAPTER: first_chapter(run, device) if ours else NO_LABELS,
              "Curves by epoch": report.curves([("", run.log, run.terms)])}
     parts.update(test_figures(run, features, images) if features else dict.fromkeys(
         TEST_FIGURES, "<p>Left out: the test set has no ids.</p>"))
-    parts["Clusters"] = parts["t-SNE"] = "<p>Left out: no pseudo labels of these images.</p>"
+    parts["Clusters"] = parts["t-SNE"] = NO_LABELS
     if labels is not None:
         parts["Clusters"] = report.clusters(run.train, labels, known)
     if features:
-        pids, cams = (np.concatenate(both) for both in zip(run.query[1:], run.gallery[1:]))
+        pids, cams = (np.concatenate(both) for both in zip(run.query[1:3], run.gallery[1:3]))
         index = report.choose(np.where(pids > 0, pids, -1), cams)  # distractors have no id
         chosen = torch.cat(features)[index].cpu().numpy()
         parts["t-SNE"] = report.t_sne(chosen, pids[index], cams[index], "person")
@@ -260,6 +292,8 @@ def draw_run(run, features, images):
     return report.page(f"Report of {run.folder}", parts)
 
 
+CHAPTER, NO_LABELS = ("One epoch, step by step",
+                      "<p>Left out: no pseudo labels of these images.</p>")
 TEST_FIGURES = ("Similarity within and across cameras", "mAP by pair of cameras", "CMC",
                 "Ranking lists")
 
@@ -364,7 +398,7 @@ def save_features(run, path):
         if split.paths:
             images = common.read_images(split, *run.state["size"])
             features = common.global_features(run.model, images).cpu().numpy()
-            kept.append((features, *split, [kind] * len(images)))
+            kept.append((features, *split[:3], [kind] * len(images)))
     names = ("features", "paths", "pids", "cams", "split")
     np.savez(file, **{name: np.concatenate(part) for name, part in zip(names, zip(*kept))})
     write(path, file.getvalue())
@@ -401,7 +435,7 @@ def main(argv=None):
         save_features(run, args.save_features)
     if args.report is not None:
         write(args.report or os.path.join(run.folder, "report.html"),
-              draw_run(run, features, images).encode("utf-8", "replace"))
+              draw_run(run, features, images, device).encode("utf-8", "replace"))
     if args.pairs:
         result = pair(run, features, args.pairs)
         _, *kinds = result.items()

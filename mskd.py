@@ -196,7 +196,7 @@ def train_stage(args, stage, out, teacher_folder=None):
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
                                  fused=device.type == "cuda")
     state = dict(generator=generator, model=model, optimizer=optimizer)
-    resumed = log.restore(len(images), **state)
+    resumed = log.restore(train, **state)
     labels = resumed.get("labels")
     if not resumed:  # a new run
         log.epoch("start", scores=common.test(model, test_set))
@@ -212,14 +212,15 @@ def train_stage(args, stage, out, teacher_folder=None):
         network = teacher if first_round else model
         features = common.extract_features(network, images)                       # (3, N, D)
 
+        fallback = labels if args.on_collapse == "skip" else None
+
         # ---- 2 pseudo labels: dense groups of images that share neighbours, views averaged
         centred = common.centre_cameras(features, cams) if args.centre else features  # W
         if args.true_ids:
             labels = common.renumber(train.pids)                                  # (N,)
         else:
             distance = mixed_distance(centred, args.k1, args.l1)
-            labels = common.dbscan(distance, args.eps, at_least=P,
-                                   instead=labels if args.on_collapse == "skip" else None)
+            labels = common.dbscan(distance, args.eps, at_least=P, instead=fallback)
 
         # ---- 4 memories: what an image is compared with, from step 1 (not centred, like a batch's)
         memory = common.cluster_means(features, labels)                           # (3, C, D)

@@ -191,7 +191,7 @@ def train_source(args, i, device, images):
     optimizer = torch.optim.Adam([*model.parameters(), *classifier.parameters()], args.lr,
                                  weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
     state = dict(generator=generator, model=model, classifier=classifier, optimizer=optimizer)
-    resumed = log.restore(len(labels), **state)
+    resumed = log.restore(source, **state)
     P, K = args.batch_size // args.num_instances, args.num_instances  # people, images of each
     model.train()
     for epoch in range(resumed.get("epoch", 0), args.source_epochs):
@@ -236,7 +236,7 @@ def main(argv=None):
     students = torch.nn.ModuleList(common.load_encoder(path)[0].on(device, args) for path in paths)
     slow = copy.deepcopy(students).requires_grad_(False)  # students: M_1..M_n; slow: E_1..E_n
     state = dict(generator=generator, students=students, slow=slow)
-    resumed = log.restore(len(images), **state)
+    resumed = log.restore(train, **state)
     labels, radius = resumed.get("labels"), resumed.get("radius")
     if not resumed:  # a new run
         log.epoch("source only", scores=common.test(slow[0], test_set))
@@ -246,6 +246,8 @@ def main(argv=None):
         every = torch.stack([common.extract_features(net, images) for net in slow])  # (n, N, D)
         features = F.normalize(every.sum(0))                                      # (N, D)
 
+        fallback = labels if args.on_collapse == "skip" else None
+
         # ---- 2 pseudo labels: dense groups of images that share neighbours
         centred = common.centre_cameras(every, cams) if args.centre else every  # W
         centred = F.normalize(centred.sum(0))                                     # (N, D)
@@ -254,8 +256,7 @@ def main(argv=None):
         else:
             distance = common.jaccard_distance(centred, args.k1)
             radius = args.eps or (adaptive_eps(distance, args.rho) if epoch == 0 else radius)
-            labels = common.dbscan(distance, radius, at_least=P,
-                                   instead=labels if args.on_collapse == "skip" else None,
+            labels = common.dbscan(distance, radius, at_least=P, instead=fallback,
                                    flag="--eps" if args.eps else "--rho")
 
         # ---- 4 classifiers of every network and every copy: the clusters' unit means

@@ -2,13 +2,14 @@
 
   python tests/ablate.py sskd-toy               run what results.jsonl lacks, then print
   python tests/ablate.py sskd-toy --print       only print
-  python tests/ablate.py verdicts               print the papers' claims, and whether each was shown
+  python tests/ablate.py verdicts               run nothing; write and print the papers' claims
   python tests/ablate.py ccsd-market --root data --weights FILE      a table on real images
 
 Two runs at a time, with one thread each. Ctrl-C stops at any time, and the same command continues.
 A finished run adds a line to tests/results.jsonl. All printed numbers come from that file, and so
 do the tables in README.md and RESULTS.md, which are written anew after the runs. Differences are
-paired by seed; intervals are Student's t, at 95 %.
+paired by seed; intervals are Student's t, at 95 %, of one row alone. Verdicts are not drawn from
+them but from p values that are corrected for all comparisons of their table (verdicts()).
 """
 
 import argparse
@@ -31,6 +32,7 @@ TOP, RESULTS = os.path.dirname(HERE), os.path.join(HERE, "results.jsonl")
 sys.path.insert(0, TOP)  # for the pages
 TEXTS = os.path.join(TOP, "README.md"), os.path.join(HERE, "RESULTS.md")  # with tables
 TEN, THREE = range(10), range(3)
+ALPHA = .05  # the chance of a wrong verdict anywhere in the table, if no claim were true
 
 
 class Row(NamedTuple):
@@ -415,11 +417,29 @@ def table_of(name):
     return "\n".join(text)
 
 
+def p_value(by_seed):
+    """Differences by seed, at least two -> p of Student's paired t-test, two-sided."""
+    spread = max(stats.sem(by_seed), 1e-9)  # 0 if all are equal
+    return 2 * stats.t.sf(abs(by_seed.mean()) / spread, len(by_seed) - 1)
+
+
+def holm(p):
+    """Holm's correction (Scand. J. Statist. 1979): p values of a family -> those to compare with
+    ALPHA. The smallest counts times their number, the next times one less, and so on; none may be
+    smaller than one before it."""
+    p = np.array(p, float)
+    order = p.argsort()
+    rising = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    corrected = np.empty_like(p)
+    corrected[order] = rising.clip(max=1)
+    return corrected
+
+
 def verdict_of(toy, market):
-    """Two intervals of a difference -> in words. Of fewer than two runs an interval is infinite."""
+    """(mean difference, corrected p) on two data sets -> in words."""
     places = ("the toy set", toy), ("Market-1501", market)
-    up = [place for place, (low, _) in places if low > 0]
-    down = [place for place, (_, high) in places if high < 0]
+    up = [place for place, (mean, p) in places if p < ALPHA and mean > 0]
+    down = [place for place, (mean, p) in places if p < ALPHA and mean < 0]
     if bool(up) == bool(down):
         return "not shown"
     word, where = ("shown", up) if up else ("refuted", down)
@@ -427,21 +447,30 @@ def verdict_of(toy, market):
 
 
 def verdicts():
-    """-> the table of verdicts as Markdown."""
-    results, text = read_results(), [
-        "| claim of the paper | compared | toy set: difference in mAP | Market-1501 | verdict |",
-        "|---|---|---|---|---|"]
-    for claim, compared, page, row, against, epoch in VERDICTS:
-        gains = []
+    """-> the table of verdicts as Markdown. One rule for every row: all seeds that were run and did
+    not choose a setting of the row; the family of Holm's correction is every cell, of either data
+    set, with at least two of them."""
+    results, gains = read_results(), {}  # gains: (row of VERDICTS, data set) -> difference()
+    for i, (_, _, page, row, against, epoch) in enumerate(VERDICTS):
         for data in ("toy", "market"):
             mine, other = (results_of(f"{page}-{data}", which, results) for which in (row, against))
             for seed in CHOSEN_ON.get(row, ()) if data == "toy" else ():
                 mine.pop(seed, None)
-            gains.append(difference(mine, other, epoch))
-        verdict = verdict_of(*(interval for _, interval in gains))
-        text.append(f"| {claim} | {compared} | {' | '.join(describe(*gain) for gain in gains)} | "
-                    f"{verdict} |")
-    return "\n".join(text)
+            gains[i, data] = difference(mine, other, epoch)
+    family = [cell for cell, (by_seed, _) in gains.items() if len(by_seed) > 1]
+    corrected = dict(zip(family, holm([p_value(gains[cell][0]) for cell in family])))
+    text = ["| claim of the paper | compared | toy set: difference in mAP "
+            "| Market-1501 | verdict |", "|---|---|---|---|---|"]
+    for i, (claim, compared, *_) in enumerate(VERDICTS):
+        cells, found = [], []
+        for data in ("toy", "market"):
+            by_seed, p = gains[i, data][0], corrected.get((i, data), 1)
+            note = f", p {p:.3f}".replace("p 0.000", "p < .001").replace("p 0.", "p .")
+            cells.append(describe(*gains[i, data]) + note * ((i, data) in corrected))
+            found.append((by_seed.mean() if len(by_seed) else 0, p))
+        text.append(f"| {claim} | {compared} | {' | '.join(cells)} | {verdict_of(*found)} |")
+    return "\n".join([*text, "", f"p: Holm's correction over the {len(family)} comparisons above "
+                      "that have at least two seeds."])
 
 
 def printed(name):
@@ -462,10 +491,11 @@ def main():
     parser.add_argument("--root", help="where data sets are")
     parser.add_argument("--weights", help="file of the initial weights")
     args = parser.parse_args()
-    if args.table != "verdicts" and not args.print:
+    if not args.print:
         more = [word for flag in ("root", "weights") if getattr(args, flag)
                 for word in (f"--{flag}", getattr(args, flag))]
-        run_table(args.table, more)
+        if args.table != "verdicts":
+            run_table(args.table, more)
         for path in TEXTS:
             with open(path, encoding="utf-8") as file:
                 text = with_tables(file.read())

@@ -87,7 +87,7 @@ def checkpoint(path, **values):
     model = common.Encoder("small", "none").state_dict()
     about = dict(model=model, arch="small", parts=0, pooling="gem", size=(96, 48), data="toy",
                  root="data", epoch=1, epochs=2, scores={}, lines=[], seconds=1., images=9,
-                 bf16=False, fp32=False, code={}, format=common.FORMAT)
+                 files="", bf16=False, fp32=False, code={}, format=common.FORMAT)
     common.save_checkpoint(str(path), **{**about, **values})
 
 

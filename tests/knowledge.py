@@ -75,16 +75,14 @@ class Watch:
         original = self.page.distillation_loss
 
         def distillation_loss(similarity, group, parent, camera, table, temp):
-            scores = (similarity.detach() / temp)[:, table.clamp(min=0)].cpu()    # (B, C, V)
-            k, v, seen = parent[group].cpu(), camera[group].cpu(), (table >= 0).cpu()
+            log_p, log_q, valid = (x.cpu() for x in self.page.teacher_and_student(
+                similarity.detach(), group, parent, camera, table, temp))         # (B, C, V) twice
             right = torch.from_numpy(self.persons == self.train.pids[self.index][:, None])
-            teacher = scores[torch.arange(len(k)), :, v]                          # (B, C)
+            k = parent[group].cpu()
             for w in range(table.shape[1]):
-                shared = seen[:, v].T & seen[:, w]                                # (B, C)
-                valid = seen[k, w] & (v != w) & (shared.sum(1) > 1)
-                p, q = (x.masked_fill(~shared, -1e4).softmax(1)[valid]
-                        for x in (teacher, scores[:, :, w]))
-                self.compare(p, q, k[valid], right[valid])
+                rows = valid[:, w]
+                p, q = (x[rows, :, w].exp() for x in (log_p, log_q))
+                self.compare(p, q, k[rows], right[rows])
             return original(similarity, group, parent, camera, table, temp)
         self.page.distillation_loss = distillation_loss
 

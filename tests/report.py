@@ -5,6 +5,7 @@ Every figure has two sentences: what one sees, what to look for. eval.py compute
 """
 
 import base64
+import functools
 import html
 import io
 import math
@@ -28,20 +29,31 @@ STYLE = """:root {color-scheme: light dark; --paper: #fff; --ink: #1c1c1e; --rul
 --c4: #9ad4f5; --c5: #efb73e; --c6: #eceef0; --c7: #9a9ea4}}
 body {margin: auto; padding: 16px; max-width: 1080px; background: var(--paper); color: var(--ink);
 font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere}
-h3 {margin: 1em 0 .3em; font-size: 1em}
+h3 {margin: 1.2em 0 .3em; font-size: 1.1em}
 h2 {margin: 2em 0 .6em; padding-top: .8em; font-size: 1.3em; border-top: 1px solid var(--rule)}
 .grid {display: grid; gap: 8px 32px; align-items: start; grid-template-columns:
 repeat(auto-fit, minmax(min(100%, 420px), 1fr))} figure {margin: 0 0 1em; min-width: 0}
 p {margin: .3em 0; max-width: 75ch} span {display: inline-block}
 svg {display: block; max-width: 540px; fill: var(--ink); font: 12px system-ui, sans-serif}
  .axis {stroke: var(--rule)} .curve {fill: none; stroke-width: 2}
+.bar {height: 17px; position: relative; font-size: 11px; isolation: isolate}
+.bar i {position: absolute; z-index: -1; height: 15px; opacity: .45; border-radius: 2px}
+.upright {stroke: var(--ink); stroke-dasharray: 3 3}
 .wide {overflow-x: auto} th, td {padding: 3px 9px; text-align: center; white-space: nowrap}
-.strip {display: flex; flex-wrap: wrap; gap: 6px}
-.strip div {width: 78px; font: 13px/1.25 system-ui, sans-serif}
+.strip, .batch {display: flex; flex-wrap: wrap; gap: 6px} h4, h5 {margin: .8em 0 .2em;
+font-size: 1em}
+.lesson .grid {gap: 8px 16px;
+grid-template-columns: repeat(auto-fit, minmax(min(100%, 334px), 1fr))}
+.lesson .strip > div {width: 62px; font-size: 11px} .lesson .strip img {width: 62px; height: 116px;
+border-width: 3px} .half .strip img, .lesson .half .strip img {height: 64px}
+.batch {gap: 10px 18px} .batch div {max-width: 100%; font: 13px/1.25 system-ui, sans-serif}
+.batch img {display: block; width: auto; max-width: 100%; height: auto; border: 0}
+.strip > div {width: 78px; font: 13px/1.25 system-ui, sans-serif}
 img {box-sizing: border-box; width: 78px; height: 148px; object-fit: contain; border-radius: 3px;
-border: 4px solid var(--rule)} .query img {border-color: var(--ink)}
+border: 4px solid var(--rule)} .query img, .this img {border-color: var(--ink)}
 .right img {border-color: var(--c0)} .wrong img {border: 4px dashed var(--c1)}
-""" + "".join(f".s{i} {{stroke: var(--c{i})}} .f{i} {{fill: var(--c{i})}} " for i in range(8))
+""" + "".join(f".s{i} {{stroke: var(--c{i})}} .f{i} {{fill: var(--c{i})}} "
+                 f".b{i} {{background: var(--c{i})}} " for i in range(8))
 
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
@@ -81,18 +93,19 @@ def svg(label, height, parts):
             f'{"".join(parts)}</svg>')
 
 
-def line_chart(label, lines, x_name, y_name="", marks=True):
+def line_chart(label, lines, x_name, y_name="", marks=True, uprights=()):
     """Lines (name, x, y), from 0 up. Names lie above the plot, one a row; the aria-label says where
-    each line starts and ends."""
+    each line starts and ends. uprights (name, x): vertical lines."""
     xs, ys = (np.concatenate([np.asarray(line[k], float) for line in lines]) for k in (1, 2))
     ys = np.append(ys, 0)
-    top, left, right = 18 * len(lines) + 28, 50, 348
+    xs = np.append(xs, [x for _, x in uprights])
+    top, left, right = 18 * len(lines) + 28 + 16 * len(uprights), 50, 348
     bottom = top + 170
 
     def at(x, y):
         return (left + (x - xs.min()) / max(np.ptp(xs), 1e-9) * (right - left),
                 bottom - (y - ys.min()) / max(np.ptp(ys), 1e-9) * (bottom - top))
-    parts = [f'<text x="{left}" y="{top - 10}">{y_name}</text>'
+    parts = [f'<text x="{left}" y="{18 * len(lines) + 18}">{y_name}</text>'
              f'<text x="{right}" y="{bottom + 34}" text-anchor="end">{x_name}</text>']
     for tick in ticks(ys):
         y = at(0, tick)[1]
@@ -110,6 +123,11 @@ def line_chart(label, lines, x_name, y_name="", marks=True):
             every = len(points) // 25 + 1
             parts += [mark(i, *point) for point in [*points[::every], (left + 17, row)]]
         parts.append(f'<text x="{left + 42}" y="{row + 4}">{html.escape(name)}</text>')
+    for i, (name, x) in enumerate(uprights):
+        x, y = at(x, 0)[0], top - 16 * (len(uprights) - i) + 2
+        end = ' text-anchor="end"' if x > 200 else ""
+        parts.append(f'<path class="upright" d="M{x:.1f} {y - 8}V{bottom}"/><text x="'
+                     f'{x + (-4 if end else 4):.1f}" y="{y}"{end}>{html.escape(name)}</text>')
     says = "; ".join(f"{name}, from {y[0]:.3g} to {y[-1]:.3g}" for name, _, y in lines if len(y))
     return svg(f"{label}: {says}", bottom + 42, parts)
 
@@ -125,19 +143,67 @@ def scatter(label, points, groups, names=()):
     return svg(label, 366 + 20 * math.ceil(len(names) / 6), parts)
 
 
+def jpeg(picture):
+    """A PIL image -> the address of an image that the file itself holds."""
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=75)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+@functools.cache
+def thumbnail(path, part=(0, 1)):
+    """The address of a small picture of a file; part: its rows from and to, as fractions."""
+    picture = common.open_image(path)
+    width, height = picture.size
+    picture = picture.crop((0, round(part[0] * height), width, round(part[1] * height)))
+    picture.thumbnail((70, 140))
+    return jpeg(picture)
+
+
+def shot(path, words, kind="", below="", part=(0, 1)):
+    """A thumbnail, words and, below, HTML. kind: right (solid frame, tick), wrong (dashed frame,
+    cross), query, or nothing."""
+    sign = {"right": "&#10003; ", "wrong": "&#10007; ", "query": "query "}.get(kind, "")
+    return (f'<div class="{kind}"><img alt="{kind or "image"}, {words}" '
+            f'src="{thumbnail(path, part)}">{sign}{words}{below}</div>')
+
+
 def strip(shots):
-    """A row of thumbnails (path, words, kind); kind: right (solid frame, tick), wrong (dashed
-    frame, cross), query, or nothing."""
-    cells = []
-    for path, words, kind in shots:
-        picture, file = common.open_image(path), io.BytesIO()
-        picture.thumbnail((70, 140))
-        picture.save(file, "JPEG", quality=75)
-        data = base64.b64encode(file.getvalue()).decode()
-        sign = {"right": "&#10003; ", "wrong": "&#10007; ", "query": "query "}.get(kind, "")
-        cells.append(f'<div class="{kind}"><img alt="{kind or "image"}, {words}" '
-                     f'src="data:image/jpeg;base64,{data}">{sign}{words}</div>')
-    return f'<div class="strip">{"".join(cells)}</div>'
+    """A row of thumbnails: the arguments of shot()."""
+    return f'<div class="strip">{"".join(shot(*words) for words in shots)}</div>'
+
+
+def bar(name, share, style, decimals=None):
+    """A share as a bar of the style's colour, in %; with `decimals`, as the number that it is."""
+    text = f"{100 * share:.0f} %" if decimals is None else f"{share:.{decimals}f}"
+    return (f'<div class="bar"><i class="b{style}" style="width: {100 * max(share, 0):.0f}%"></i>'
+            f"{name} {text}</div>")
+
+
+def matrix(label, values, sizes, names):
+    """Values (n, n) from low, pale, to high, dark, in 9 steps; lines separate groups of rows of
+    these sizes, whose names stand above."""
+    n = len(values)
+    others = values[~np.eye(n, dtype=bool)]  # the diagonal says nothing
+    low, high = others.min(), others.max()
+    level = np.round(8 * (values - low) / max(high - low, 1e-9)).clip(0, 8).astype(int)
+    scale, ends = 330 / n, np.cumsum(sizes)
+    parts = [f'<text x="{20 + (end - size / 2) * scale:.1f}" y="14" text-anchor="middle">{name}'
+             "</text>" for end, size, name in zip(ends, sizes, names)]
+    parts.append('<g shape-rendering="crispEdges" transform="translate(20 20) '
+                 f'scale({scale:.3f})">')
+    for k in range(1, 9):
+        path = ""
+        for y, row in enumerate(level == k):
+            edge = np.flatnonzero(np.diff(np.concatenate([[0], row, [0]])))
+            path += "".join(f"M{x} {y}h{end - x}v1h{x - end}z" for x, end in edge.reshape(-1, 2))
+        parts.append(f'<path class="f0" fill-opacity="{k / 8}" d="{path}"/>' * bool(path))
+    parts.append("</g>")
+    for end in (0, *ends):
+        at = 20 + end * scale
+        parts.append(f'<path class="axis" d="M{at:.1f} 20V350M20 {at:.1f}H350"/>')
+    parts.append(f'<text x="20" y="370">pale {low:.2f}, dark {high:.2f}</text>')
+    return svg(label, 376, parts)
 
 
 def table(head, rows):
@@ -176,13 +242,20 @@ CHARTS = (  # title, keys of a line of the log, what one sees, what to look for
     ("Label quality", ("ARI", "unrefined_ARI", "NMI", "purity"), "How well pseudo labels agree "
      "with the true ids, on which nothing trains; 1 is perfect.",
      "high purity beside a low ARI: clusters are clean, but people are in several."),
-    ("Loss terms", (), "The mean of each loss term over an epoch.",
-     "terms that fall together, and a jump where one is switched on."),
+    ("Loss terms", (), "The mean of each loss term over an epoch; a vertical line marks the epoch "
+     "in which a term starts.", "terms that fall together, and what others do where one starts."),
     ("Soft labels: clusters meant", ("soft_clusters",), "Over how many clusters a soft label "
      "spreads (the exponential of its entropy).",
      "a number well between 1, a hard label, and all clusters, no information."),
     ("Soft labels: own cluster", ("soft_own",), "The share of a soft label that its image's own "
      "cluster has.", "a share near 1: soft labels then say no more than hard ones."))
+
+
+def starts(lines):
+    """-> [(names, epoch)] of those lines (name: ..., x, y) that begin later than others."""
+    begin = {name.split(":")[0]: x[0] for name, x, _ in lines}
+    return [(", ".join(name for name in begin if begin[name] == epoch) + " from here on", epoch)
+            for epoch in sorted(set(begin.values()))[1:]]
 
 
 def curves(runs):
@@ -204,7 +277,7 @@ def curves(runs):
                         lines.append((f"{name}: none", (), ()))
             label = title if alone else f"{title}: {some[0]}"
             if any(x for _, x, _ in lines):
-                chart = line_chart(label, lines, "epoch")
+                chart = line_chart(label, lines, "epoch", uprights=starts(lines) if alone else ())
                 figures.append(figure(html.escape(label), chart, see, look))
     return grid(figures)
 

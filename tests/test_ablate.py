@@ -1,6 +1,7 @@
 """The program that fills the tables of results: its commands, its statistics, its file."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -73,12 +74,59 @@ def test_a_table_prints_what_the_file_holds(tmp_path, monkeypatch):
     assert "| - / 70.0 |" in next(line for line in lines if "bound" in line)  # seed 0: not run
     assert "not run" in next(line for line in lines if "recluster" in line)
     assert "not run" in ablate.printed("verdicts")
-    for toy, market, words in (((1, 2), (.1, 3), "shown"), ((-3, -1), (-2, -1), "refuted"),
-                               ((1, 2), (-1, 3), "shown on the toy set"),
-                               ((-2, -1), (-1, 3), "refuted on the toy set"),
-                               ((-np.inf, np.inf), (1, 2), "shown on Market-1501"),
-                               ((1, 2), (-2, -1), "not shown"), ((-1, 2), (-1, 2), "not shown")):
+    for toy, market, words in (((1, .01), (2, .04), "shown"), ((-3, .01), (-2, .01), "refuted"),
+                               ((1, .01), (2, .06), "shown on the toy set"),
+                               ((-2, .01), (1, .3), "refuted on the toy set"),
+                               ((0, 1), (1, .01), "shown on Market-1501"),
+                               ((1, .01), (-2, .01), "not shown"),
+                               ((2, .06), (2, .1), "not shown")):
         assert ablate.verdict_of(toy, market) == words
+
+
+def test_p_is_that_of_the_paired_t_test():
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 10):
+        mine, other = rng.random((2, n))
+        assert ablate.p_value(mine - other) == pytest.approx(stats.ttest_rel(mine, other).pvalue)
+    assert ablate.p_value(np.array([2., 2.])) < 1e-6 and ablate.p_value(np.array([0., 0.])) == 1
+
+
+def test_holm_is_the_closed_test_of_bonferroni():
+    """A hypothesis falls if every family with it falls by Bonferroni (Marcus et al., 1976)."""
+    rng = np.random.default_rng(0)
+    for m in (1, 2, 5, 7):
+        p = rng.random(m) ** 3
+        p[m // 2] = p[0]                                           # equal ones, too
+        families = [s for k in range(m) for s in itertools.combinations(range(m), k + 1)]
+        wanted = [max(min(1, len(s) * p[list(s)].min()) for s in families if i in s)
+                  for i in range(m)]
+        np.testing.assert_allclose(ablate.holm(p), wanted)
+    # p.adjust(c(.01, .04, .03, .005), "holm") of R
+    np.testing.assert_allclose(ablate.holm([.01, .04, .03, .005]), [.03, .06, .06, .02])
+    assert not len(ablate.holm([]))
+
+
+def test_verdicts_are_corrected_for_the_whole_table(tmp_path, monkeypatch):
+    """Two intervals leave out 0; corrected, one falls. A cell of one seed does not count."""
+    base, *rows = [*ablate.CCSD][:4]
+    monkeypatch.setattr(ablate, "RESULTS", str(tmp_path / "results.jsonl"))
+    monkeypatch.setattr(ablate, "VERDICTS", [ablate.Verdict(row, "", "ccsd", row, base)
+                                             for row in rows])
+    points = {("toy", base): [0] * 4, ("toy", rows[0]): [2, 3, 1, 2],
+              ("toy", rows[1]): [2, 9, 4, 6], ("toy", rows[2]): [-1, 2, 1, 0],
+              ("market", base): [0], ("market", rows[0]): [5]}
+    with open(ablate.RESULTS, "w") as file:
+        for (data, row), gains in points.items():
+            for seed, gain in enumerate(gains):
+                _, key = ablate.command(f"ccsd-{data}", row, seed)
+                result = dict(command=" ".join(key), scores=dict(mAP=.5 + gain / 100))
+                file.write(json.dumps(result) + "\n")
+    p = sorted(stats.ttest_1samp(points["toy", row], 0).pvalue for row in rows)
+    assert 3 * p[0] < .05 < 2 * p[1] and p[1] < .05
+    first, second, third, _, count = ablate.verdicts().splitlines()[2:]
+    assert first.endswith("gain, p .049 | +5.0, 1 of 1 seeds gain | shown on the toy set |")
+    assert second.endswith("gain, p .078 | not run | not shown |") and "[0.5, 10.0]" in second
+    assert third.endswith("gain, p .495 | not run | not shown |") and " 3 comparisons" in count
 
 
 def test_seeds_that_chose_a_setting_do_not_confirm_it(tmp_path, monkeypatch):
@@ -91,8 +139,9 @@ def test_seeds_that_chose_a_setting_do_not_confirm_it(tmp_path, monkeypatch):
                     _, key = ablate.command(f"sskd-{data}", row, seed)
                     file.write(json.dumps(dict(command=" ".join(key), scores=dict(
                         mAP=.5 + gain * ("without" not in row)))) + "\n")
-    *_, line = ablate.verdicts().splitlines()
-    assert "seeds 0 to 2" in line and "| +10.0 [10.0, 10.0], 3 of 3 seeds gain | +20.0," in line
+    line = next(line for line in ablate.verdicts().splitlines() if "network and peer" in line)
+    assert "seeds 0 to 2" in line and "| +10.0 [10.0, 10.0], 3 of 3 seeds gain, p" in line
+    assert "| +20.0, 1 of 1 seeds gain | shown on the toy set |" in line
 
 
 def test_the_run_on_a_cpu_is_the_one_that_was_measured():

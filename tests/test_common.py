@@ -229,11 +229,32 @@ def test_extract_features_is_eval_mode_and_restores_the_mode():
 
 
 def test_centre_cameras():
-    features, cams = unit(20), np.arange(20) % 3
+    features, cams = unit(40), np.array([0] * 20 + [1] * 15 + [2] * 4 + [3])
     out = common.centre_cameras(features, cams)
-    for i in range(20):
-        mean = features[[j for j in range(20) if cams[j] == cams[i]]].mean(0)
+    for i in range(40):
+        seen = [j for j in range(40) if cams[j] == cams[i] or cams[i] > 1]  # few images: all
+        mean = features[seen].mean(0)
         torch.testing.assert_close(out[i], F.normalize(features[i] - mean, dim=0))
+
+
+def test_cameras_of_one_image_do_not_become_one_cluster(capsys):
+    """Four people, a camera of one image each, beside a camera of many images of others."""
+    features, cams = unit(64), np.array([0] * 60 + [1, 2, 3, 4])
+    out = common.centre_cameras(features, cams)
+    assert (out.norm(dim=1) > .99).all()
+    labels = common.dbscan(common.jaccard_distance(out, 8), .6)
+    assert len(set(labels[60:])) == 4                              # unit() numbers people by % 8
+    common.warn_of_few(cams)
+    assert "4 of 5 cameras have fewer than 10 images" in capsys.readouterr().err
+
+
+def test_features_of_length_0_and_a_single_cluster_are_refused():
+    features = unit(20)
+    features[3] = 0
+    with pytest.raises(common.Problem, match="1 of 20 features are 0"):
+        common.jaccard_distance(features)
+    with pytest.raises(common.Problem, match="1 clusters .* needs 2 clusters"):
+        common.dbscan(common.jaccard_distance(unit(20, people=1, spread=.01)), .9, at_least=1)
 
 
 CASES = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 import toy
 from conftest import draw, program
-from PIL import Image
+from PIL import Image, ImageOps
 
 import common
 
@@ -179,6 +179,42 @@ def test_unreadable_image_is_named(tmp_path, spoil, monkeypatch):
         monkeypatch.setattr(common, "MAX_PIXELS", 64 * 32 - 1)
     with pytest.raises(common.Problem, match="0001_c1s1_000001_00.jpg"):
         common.read_images(common.Split([str(path)], np.zeros(1), np.zeros(1)), 64, 32)
+
+
+def test_pictures_look_as_in_a_viewer(tmp_path):
+    """EXIF orientation, transparency over hidden colours, 16 bits: as Pillow's own functions."""
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (12, 6, 3), dtype=np.uint8))
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        for name in ("x.png", "x.tif", "x.webp"):
+            picture.save(tmp_path / name, exif=exif, lossless=True)
+            wanted = ImageOps.exif_transpose(Image.open(tmp_path / name)).convert("RGB")
+            assert (np.array(common.open_image(tmp_path / name)) == np.array(wanted)).all()
+    hidden = picture.convert("RGBA")
+    hidden.putalpha(Image.fromarray(np.repeat([[0], [255]], 6, 0).repeat(6, 1).astype(np.uint8)))
+    hidden.save(tmp_path / "hidden.png")
+    seen = np.array(common.open_image(tmp_path / "hidden.png"))
+    assert (seen[:6] == 255).all() and (seen[6:] == np.array(picture)[6:]).all()
+    grey = np.array(picture.convert("L"))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    assert (np.array(common.open_image(tmp_path / "16.png")) == grey[:, :, None]).all()
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(common.Problem, match="f.tif.*.mode F"):
+        common.open_image(tmp_path / "f.tif")
+    hidden.putalpha(0)
+    hidden.save(tmp_path / "nothing.png")
+    with pytest.raises(common.Problem, match="every pixel is transparent"):
+        common.open_image(tmp_path / "nothing.png")
+
+
+def test_files_that_are_no_images_are_counted_and_named(tmp_path):
+    for i in range(7):
+        (tmp_path / f"{i}.jpg").write_bytes(b"<html>not found</html>")
+    split = common.Split([str(tmp_path / f"{i}.jpg") for i in range(7)], None, None)
+    with pytest.raises(common.Problem, match="7 of 7 .*0.jpg.*it is a web page.*4.jpg.*2 more"):
+        common.read_images(split, 64, 32)
 
 
 def by_hand(image, u, pad, erase, jitter):

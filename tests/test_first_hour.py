@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import HERE, SHORT, draw, losses, program, refusal, short, weights
+from conftest import HERE, SHORT, checkpoint, draw, losses, program, refusal, short, weights
 from PIL import Image
 
 import ccsd
@@ -124,7 +124,7 @@ def test_a_teacher_serves_every_student_until_the_page_is_edited(copy, tmp_path)
     (ccsd, "--refine none --true-ids", "ccsd-toy-s0-refine-none-true-ids"),
     (ccsd, "--size 64 32 --epochs 2", "ccsd-toy-s0-epochs2-size-64x32"),
     (ccsd, "--resume --root x --device cpu --eval-every 2 --recompute", "ccsd-toy-s0"),
-    (ccsd, "--data some/where:source", "ccsd-where-source-s0"),
+    (ccsd, "--data some/where:source", "ccsd-some-where-source-s0"),
     (ccsd, "--data x --weights ../a/b.pth", "ccsd-x-s0-weights-..-a-b.pth"),
     (mskd, "--teacher runs/a/teacher --stage student", "mskd-toy-s0-teacher-runs-a-teacher"),
     (sskd, "--soft 0 --nets 1", "sskd-toy-s0-nets1-soft0")])
@@ -132,6 +132,12 @@ def test_a_folder_is_named_after_its_flags(page, words, name, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert page.get_args(words.split()).out == os.path.join("runs", name)
     assert page.get_args([*words.split(), "--out", "a b"]).out == "a b"
+
+
+def test_own_folders_do_not_share_a_run_folder():
+    flags = ["--data a/images", "--data b/images", "--data a/images --weights none",
+             "--data a/images --weights x.pth", "--data a/images:source"]
+    assert len({ccsd.get_args(words.split()).out for words in flags}) == len(flags)
 
 
 def test_long_names_of_folders_differ_to_the_last_flag():
@@ -173,6 +179,34 @@ def test_load_embed_compare(tiny, tmp_path):
     mskd.main(short(tiny, tmp_path / "b", "--stage", "teacher"))
     model, _ = common.load_encoder(str(tmp_path / "b" / "teacher"))
     assert common.embed(model, files).shape == (3, 256)            # the global feature
+
+
+def test_paths_and_numbers_are_words_and_a_notebook_s_own_are_not(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setattr(common, "COMMAND_LINE", [])
+    assert ccsd.get_args().data == "toy" and mskd.get_args().out and sskd.get_args().out
+    args = ccsd.get_args(["--data", tiny, "--seed", 3])
+    assert args.data == str(tiny) and args.seed == 3
+    assert len(common.load(tiny)[0].paths) == 72
+    checkpoint(tmp_path / "last.pt")
+    model, _ = common.load_encoder(tmp_path)
+    file = common.load(tiny)[1].paths[0]
+    assert torch.equal(common.embed(model, file), common.embed(model, [file]))
+
+
+@pytest.mark.parametrize("wrap, prefix", [("state_dict", "module."), ("model", "backbone."),
+                                          ("", "module.encoder_q."), ("state_dict", "")])
+def test_published_weights_are_unwrapped(wrap, prefix, tmp_path):
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18()
+    state = {prefix + key: value for key, value in net.state_dict().items()}
+    state.update({"module.head.weight": torch.zeros(3)} if prefix else {})
+    torch.save({wrap: state, "epoch": 3} if wrap else state, tmp_path / "x.pth")
+    model = common.Encoder("resnet18", str(tmp_path / "x.pth"))
+    assert torch.equal(model.backbone.layer4[1].conv2.weight, net.layer4[1].conv2.weight)
+    torch.save({"state_dict": {"base.0.weight": torch.zeros(3)}}, tmp_path / "y.pth")
+    with pytest.raises(common.Problem, match="y.pth holds no ResNet.*names start with base.0.weig"):
+        common.Encoder("resnet18", str(tmp_path / "y.pth"))
 
 
 def test_the_lines_of_the_readme(tiny, tmp_path):
@@ -253,6 +287,59 @@ def test_known_ids_without_a_test_set_end_with_clusters_too(tmp_path):
     folder = own(tmp_path / "own", names)
     assert ccsd.main(short(folder, tmp_path / "out", "--batch-size", "4")) == {}
     assert (tmp_path / "out" / "clusters.csv").read_text().count("\n") == 49
+
+
+def pictures(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 16), (90, 20, 40)).save(folder / name, "PNG")
+    return str(folder)
+
+
+@pytest.mark.parametrize("names, pids, cameras", [
+    (["cam_a/001_0.bmp", "cam_b/001_90.bmp"], [-1, -1], ["cam_a", "cam_b"]),
+    (["camA/1.jpg", "camB/1.jpg"], [-1, -1], ["camA", "camB"]),
+    (["cam-left/1.jpg", "cam-right/1.jpg"], [-1, -1], ["cam-left", "cam-right"]),
+    (["back_camera/1.jpg", "camera_front/1.webp"], [-1, -1], ["back_camera", "camera_front"]),
+    (["cam3/0001_c3_1.jpg", "cam7/0002_c7_1.tif"], [1, 2], [3, 7]),
+    (["cam01/anna/1.jpg", "cam02/anna/1.jpg"], [1, 1], [1, 2]),
+    (["anna/cam1/1.jpg", "bob/cam2/1.jpg"], [1, 2], [1, 2]),
+    (["cameron/1_c2.jpg", "camille/2_c2.jpg"], [1, 2], [2])])
+def test_folders_of_cameras_and_people(names, pids, cameras, tmp_path, capsys):
+    train, *_ = common.load(pictures(tmp_path / "own", *names))
+    assert train.pids.tolist() == pids and train.camera_names == cameras
+    assert f"2 images, such as {names[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names, says", [
+    (["train/0001_c1_1.jpg", "test/0001_c2_1.jpg"], "test is called like a part.*--data .*test"),
+    (["gallery/1.png", "probe/1.png"], "called like a part"),
+    (["left/0001_c1_1.jpg", "right/0001_c2_1.jpg"], "the folders are no persons"),
+    (["left/x_c1_1.jpg", "right/x_c2_1.jpg"], "images of one camera"),
+    (["cam1/x_c2.jpg", "cam2/x_c1.jpg"], "camera 1 by the folder, 2 by the file name"),
+    (["cam1/1.jpg", "cam1/anna/1.jpg"], "beside those in"),
+    (["a/b/c/1.jpg"], "3 folders deep, the first in .*c "),
+    (["day1/anna/1.jpg", "day2/bob/1.jpg"], "which level"),
+    (["Market/bounding_box_train/0001_c1_1.jpg"], "Market looks like it"),
+    (["bounding_box_train/bounding_box_train/0001_c1_1.jpg"], "holds 1 folders.*with 1 images")])
+def test_trees_that_would_give_wrong_labels_are_refused(names, says, tmp_path):
+    with pytest.raises(common.Problem, match=says):
+        common.load(pictures(tmp_path / "own", *names))
+
+
+def test_files_that_are_left_out_are_named(tmp_path, capsys):
+    folder = pictures(tmp_path / "own", "cam1/1.png", "cam2/1.png")
+    for name in ("a.heic", "b.heic", "notes.txt"):
+        (tmp_path / "own" / "cam2" / name).write_bytes(b"x")
+    common.load(folder)
+    said = capsys.readouterr().err
+    assert "left out: 3 files (.heic, .txt; the first: cam2/a.heic)" in said
+    with pytest.raises(common.Problem, match="is a file .unpack it"):
+        common.load(os.path.join(folder, "cam2", "a.heic"))
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "1.heic").write_bytes(b"x")
+    with pytest.raises(common.Problem, match="1 files .*1.heic.*convert them"):
+        common.load(str(tmp_path / "phone"))
 
 
 @pytest.mark.parametrize("odd, names", [

@@ -165,7 +165,8 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
-SECTIONS = ["Run and score", "Curves by epoch", "Similarity within and across cameras",
+SECTIONS = ["Run and score", "One epoch, step by step", "Curves by epoch",
+            "Similarity within and across cameras",
             "mAP by pair of cameras", "CMC", "Ranking lists", "Clusters", "t-SNE"]
 
 
