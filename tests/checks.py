@@ -1,9 +1,11 @@
-"""What the tests of a hand-out, and the process that runs a submission, do: call a function on given
-inputs, look at its result, say what is wrong with it. There are no answers here; handout.py
+"""What the tests of a hand-out and the process that runs a submission do: call a function of a page
+on given inputs, look at its result, say what is wrong with it. No answers are here: handout.py
 computes them, and copies this file into every hand-out.
+
+A point is (words, inputs, wanted). The first of the words is its kind: `shape`, `gradient` (of all
+inputs), or a name for values.
 """
 
-import contextlib
 import importlib
 import itertools
 import json
@@ -21,7 +23,80 @@ from scipy.sparse import csr_array
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, HERE)
 
-# ------------------------------------------------------------------------- how functions are called
+# ----------- how functions are called: -> array or arrays; or a dict, for each kind of point its own
+
+
+def sparse(dense):
+    """(N, N) tensor -> sparse: zeros are stored, pairs at distance 1 are not."""
+    rows, columns = np.nonzero(dense.numpy() < 1)
+    return csr_array((dense.numpy()[rows, columns], (rows, columns)), dense.shape)
+
+
+def pairs(distance):
+    """The inverse, for different images; an array or a tensor is taken too."""
+    entries = csr_array(distance).tocoo()
+    out = np.ones(entries.shape)
+    out[entries.coords] = entries.data
+    np.fill_diagonal(out, 0)
+    return out
+
+
+def update_memory(function, memory, *rest):
+    memory = memory.detach().clone()
+    function(memory, *rest)
+    return memory
+
+
+def follow(function, slow, fast, alpha):
+    slow = slow.detach().clone()
+    function(iter(slow), iter(fast), alpha)
+    return slow, fast
+
+
+def pk_batches(function, labels, cams, p, k, iters):
+    """What is true of the batches, whatever was drawn."""
+    labels, cams, runs = labels.numpy(), cams.numpy(), []
+    for seed in (1, 1, 2):
+        draw = torch.Generator().manual_seed(seed)
+        batches = itertools.islice(function(labels, cams, p, k, iters, draw), iters + 1)
+        runs.append(np.array([np.asarray(batch) for batch in batches]))           # (iters, p k)
+        if runs[-1].shape != (iters, p * k):
+            raise ValueError(f"the batches have shape {runs[-1].shape}, not {iters, p * k}")
+    rows = runs[0].reshape(-1, k)                                                 # (iters p, k)
+    label, turn = labels[rows[:, 0]], len(set(labels[labels >= 0])) // p * p
+    distinct, other_cameras = [], []
+    for anchor, *others in rows:
+        same = np.flatnonzero(labels == labels[anchor])
+        away = same[cams[same] != cams[anchor]]
+        may = away if len(away) else same[same != anchor] if len(same) > 1 else same
+        distinct.append(len(set(others)) == len(others) or len(may) < len(others))
+        other_cameras.append(len(away) == 0 or set(others) <= set(away))
+    return dict(
+        shape=runs[0], cameras=other_cameras, repeats=distinct,
+        labels=(labels[rows] == label[:, None]).all(1) & (label >= 0),
+        different=[len(set(batch)) == p for batch in label.reshape(-1, p)],
+        turns=[len(set(label[i:i + turn])) == turn for i in range(0, iters * p, turn)],
+        generator=[np.array_equal(*runs[:2]), not np.array_equal(*runs[1:])])
+
+
+def split_by_camera(function, labels, cams):
+    """Groups may be numbered in any order: they are judged by their cluster and camera."""
+    labels, cams = labels.numpy(), cams.numpy()
+    result = groups, parent, camera, table = [*map(np.asarray, function(labels, cams))]
+    y, v = labels[labels >= 0], cams[labels >= 0]
+    name = 100 * parent + camera
+    return dict(shape=tuple(result), groups=name[groups[labels >= 0]] == 100 * y + v,
+                outliers=groups[labels < 0] == -1, table=name[table[y, v]] == 100 * y + v,
+                unseen=table >= 0)
+
+
+def mixed_distance(function, views, k1, l1):
+    """With another distance, of cosines: common.jaccard_distance() may be another blank."""
+    def cosine_distance(features, *_, **__):
+        unit = F.normalize(features)
+        return sparse((1 - unit @ unit.T).clip(0, 1))
+    with mock.patch("common.jaccard_distance", cosine_distance):
+        return pairs(function(views, k1, l1))
 
 
 class Net(torch.nn.Module):
@@ -36,175 +111,94 @@ class Net(torch.nn.Module):
         return (images, neck) if inside else F.normalize(neck)
 
 
-def sparse(dense):
-    """(N, N) tensor -> sparse: zeros are stored, pairs at distance 1 are not."""
-    rows, columns = np.nonzero(dense.numpy() < 1)
-    return csr_array((dense.numpy()[rows, columns], (rows, columns)), dense.shape)
-
-
-def dense(distance):
-    """The inverse; an array or a tensor is taken too."""
-    entries = csr_array(distance).tocoo()
-    out = np.ones(entries.shape)
-    out[entries.coords] = entries.data
-    return out
-
-
-def update_memory(function, memory, features, labels, momentum, k):
-    function(memory := memory.clone(), features, labels, momentum, k)
-    return memory
-
-
-def pk_batches(function, labels, cams, p, k, iters):
-    runs = []
-    for seed in (1, 1, 2):
-        batches = function(labels.numpy(), cams.numpy(), p, k, iters,
-                           torch.Generator().manual_seed(seed))
-        runs.append(np.array([*itertools.islice(batches, iters + 1)]))
-    return np.array(runs)                                                         # (3, iters, p k)
-
-
-def mixed_distance(function, views, k1, l1, *known):
-    """Here common.jaccard_distance() looks its result up: it may be another blank."""
-    def look_up(features, *_, **__):
-        off = (views.double() - torch.as_tensor(features).double()).abs().sum((1, 2))
-        return sparse(known[off.argmin()])
-    with mock.patch("common.jaccard_distance", look_up):
-        return dense(function(views, k1, l1))
-
-
-def soft_labels(function, weights, views, classifiers, means, index, temp, splits):
-    args = types.SimpleNamespace(temp=temp, bn_splits=splits, nets=len(weights))
-    return function([Net(w) for w in weights], [*classifiers], [*views], means, index, args)
-
-
-def follow(function, slow, fast, alpha):
-    copies = [x.clone() for x in slow]
-    function(iter(copies), iter(fast), alpha)
-    return torch.stack(copies), fast
+def soft_labels(function, weights, views, classifiers, means, index, temp):
+    args = types.SimpleNamespace(temp=temp, bn_splits=1, nets=len(weights))
+    return function([*map(Net, weights)], [*classifiers], [*views], means, index, args)
 
 
 CALLS = {
     "common.cluster_means": lambda f, x, labels: f(x, labels.numpy()),
     "common.GeM": lambda f, x, p: torch.func.functional_call(f(), {"p": p}, (x,)),
-    "common.jaccard_distance": lambda f, *inputs: dense(f(*inputs)),
-    "ccsd.split_by_camera": lambda f, labels, cams: f(labels.numpy(), cams.numpy()),
+    "common.jaccard_distance": lambda f, *inputs: pairs(f(*inputs)),
+    "common.average_precision": lambda f, *inputs: dict(zip(["AP", "first"], f(*inputs))),
     "sskd.adaptive_eps": lambda f, distance, rho: f(sparse(distance), rho),
-    "common.update_memory": update_memory, "common.pk_batches": pk_batches,
-    "mskd.mixed_distance": mixed_distance, "sskd.soft_labels": soft_labels, "sskd.follow": follow}
+    **{f"{page}.{call.__name__}": call for page, call in (
+        ("common", update_memory), ("common", pk_batches), ("ccsd", split_by_camera),
+        ("mskd", mixed_distance), ("sskd", soft_labels), ("sskd", follow))}}
+
+# ------------------------------------------------------------------------------ looking and judging
 
 
-def observe(name, key, inputs):
-    """Call a function of the pages beside this file -> dict: shapes and values of its results, or
-    for "gradient1" the gradient of their weighted sum to input 1; or the error."""
+def observe(name, words, inputs):
+    """Call PAGE.FUNCTION of the pages beside this file -> dict: shape and values of its results, or
+    of the gradients of their weighted sum; or the error."""
     page, function = name.split(".")
-    inputs = [x.clone() if torch.is_tensor(x) else x for x in inputs]
+    kind, inputs = words.split(":")[0], [x.clone() if torch.is_tensor(x) else x for x in inputs]
+    leaves = [x.requires_grad_() for x in inputs if kind == "gradient" and torch.is_tensor(x)
+              and x.is_floating_point()]
     try:
-        at = inputs[int(key[-1])].requires_grad_() if key.startswith("gradient") else None
         function = getattr(importlib.import_module(page), function)
-        call = CALLS.get(name, lambda f, *inputs: f(*inputs))
-        result = call(function, *inputs)
+        result = CALLS.get(name, lambda f, *inputs: f(*inputs))(function, *inputs)
+        result = result[kind] if isinstance(result, dict) else result
         result = result if isinstance(result, tuple) else (result,)
-        if at is not None:
+        if leaves:
             linked = [x for x in result if torch.is_tensor(x) and x.requires_grad]
             total = sum((x.flatten() * torch.linspace(1, 2, x.numel())).sum() for x in linked)
-            gradient = torch.autograd.grad(total, at, allow_unused=True)[0] if linked else None
-            result = [torch.zeros_like(at) if gradient is None else gradient]
-        arrays = [np.asarray(x.detach() if torch.is_tensor(x) else x, float) for x in result]
-        return dict(shape=[list(x.shape) for x in arrays], values=[x.ravel().tolist()
-                                                                  for x in arrays])
+            found = torch.autograd.grad(total, leaves, allow_unused=True) if linked else leaves
+            result = [torch.zeros_like(x) if g is None or not linked else g
+                      for x, g in zip(leaves, found)]
+        arrays = [np.asarray(x.detach() if torch.is_tensor(x) else x) for x in result]
+        return dict(shape=[list(x.shape) for x in arrays],
+                    values=[x for array in arrays for x in array.ravel().tolist()])
     except (Exception, SystemExit) as error:
         if isinstance(error, NotImplementedError) and str(error).startswith(name):
             return dict(error="still a blank")
         frames = [x for x in traceback.extract_tb(error.__traceback__)
                   if os.path.dirname(x.filename) == HERE]
-        where = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})"
+        where = "".join(f" ({os.path.basename(x.filename)}, line {x.lineno})" for x in frames[-1:])
         message = " ".join(str(error).split())[:150]
-        return dict(error=f"raised {type(error).__name__}: {message}{where * bool(frames)}")
+        return dict(error=f"raised {type(error).__name__}: {message}{where}")
 
 
-def facts(key, inputs, seen):
-    """What a check compares: all values, or what is true whatever was drawn or numbered."""
-    arrays = [np.array(x, float).reshape(shape) for x, shape in zip(seen["values"], seen["shape"])]
-    if key in ("groups", "table"):  # as (cluster, camera): groups may be numbered in any order
-        groups, parent, camera, table = (x.astype(int) for x in arrays)
-        chosen = groups if key == "groups" else table
-        return np.where(chosen < 0, -1, 100 * parent[chosen] + camera[chosen])
-    if key == "pairs":  # of different images
-        return arrays[0] * (1 - np.eye(len(arrays[0])))
-    if key in ("first result", "second result"):
-        return arrays[key == "second result"]
-    if key not in ("labels", "turns", "cameras", "repeats", "generator"):
-        return np.concatenate([x.ravel() for x in arrays])
-    labels, cams, p, k, _ = inputs                                 # of pk_batches
-    runs = arrays[0].astype(int)
-    if key == "generator":
-        return np.array([(runs[0] == runs[1]).all(), (runs[0] != runs[2]).any()])
-    labels, cams, rows = labels.numpy(), cams.numpy(), runs[0].reshape(-1, k)     # (iters p, k)
-    of_row = labels[rows[:, 0]]
-    if key == "labels":
-        return np.array([(labels[rows] == of_row[:, None]).all(), of_row.min() >= 0, all(
-            len(set(batch)) == p for batch in of_row.reshape(-1, p).tolist())])
-    if key == "turns":
-        turn = p * (len(set(labels[labels >= 0].tolist())) // p)
-        return np.array([len(set(of_row[i:i + turn])) == turn
-                         for i in range(0, len(of_row) - turn + 1, turn)])
-    good = []
-    for anchor, *others in rows:
-        same = np.flatnonzero(labels == labels[anchor])
-        away = same[cams[same] != cams[anchor]]
-        may = away if len(away) else same[same != anchor] if len(same) > 1 else same
-        good.append(set(others) <= set(may) if key == "cameras" else
-                    len(set(others)) == len(others) or len(may) < len(others))
-    return np.array(good)
-
-
-def complaint(key, words, inputs, seen, wanted):
+def complaint(words, seen, wanted):
     """-> "" or what is wrong, in words for a student. `seen` may be anything."""
-    error = seen.get("error") if isinstance(seen, dict) else "no readable result"
-    if key == "Problem":
-        return "" if str(error).startswith("raised Problem") else f"{words} ({error or 'no error'})"
-    if error:
-        return f"{words.split(':')[0]}: {error}"
+    kind = words.split(":")[0]
     try:
+        error = seen.get("error", "")
+        if "error" in wanted:  # a Problem
+            right = error.startswith(wanted["error"].split(":")[0])
+            return "" if right else f"{words} ({error or 'no error'})"
+        if error:
+            return f"{kind}: {error}"
         if seen["shape"] != wanted["shape"]:
             shapes = [", ".join(str(tuple(x)) for x in y["shape"]) for y in (seen, wanted)]
             return f"{words} (shape {shapes[0]} instead of {shapes[1]})"
-        if key == "shape":
+        if kind == "shape":
             return ""
-        a, b = (facts(key, inputs, x).astype(float).ravel() for x in (seen, wanted))
-        off = np.abs(a - b) > 1e-3 * np.abs(b) + 1e-4 * np.abs(b).max() + 1e-6
-        off |= ~np.isfinite(a)
+        a, b = np.array(seen["values"], float), np.array(wanted["values"], float)
+        off = ~(np.abs(a - b) <= 1e-3 * np.abs(b) + 1e-4 * np.abs(b).max() + 1e-6)
     except Exception:  # whatever a stranger's process wrote
         return f"{words} (the result cannot be read)"
-    i = off.argmax()
-    return f"{words} ({a[i]:.4g} instead of {b[i]:.4g})" if off.any() else ""
+    i, some = off.argmax(), off.sum() > 1
+    numbers = f"{a[i]:.4g} instead of {b[i]:.4g}" * (wanted["values"][i] is not True)
+    places = f"{', ' * bool(numbers)}at {off.sum()} of {len(b)} places" * bool(some or not numbers)
+    return f"{words} ({numbers}{places})" if off.any() else ""
 
 
-def score(checks, seen):
-    """checks: (key, words, inputs, wanted) each; seen: of each -> points, complaints. What a
-    function without any sense would get right, a shape, a zero, an error, counts only beside
-    something else."""
-    wrong = [complaint(*check[:3], x, check[3]) for check, x in zip(checks, seen)]
-    real = [key not in ("shape", "Problem") and bool(np.abs(facts(key, inputs, wanted)).max() > 0)
-            for key, _, inputs, wanted in checks]
-    points = wrong.count("") if any(r and not w for r, w in zip(real, wrong)) else 0
-    return points, [x for x in wrong if x]
+def points():
+    """-> (function, words, inputs, wanted) of every point of this hand-out."""
+    rows = torch.load(os.path.join(HERE, "tests", "assignment.bin"), weights_only=True)
+    return [(name, *row) for name in rows for row in rows[name]]
 
 
 def work(path):
-    """In a process of its own: run the checks in a file, write a line of JSON before and after
-    each function. Only this function can write to the output; prints go nowhere."""
+    """In a process of its own: for each function of {name: [(words, inputs)]} in the file, write a
+    line of JSON before and after. Only this function writes to stdout; prints go nowhere."""
     out, nowhere = os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    for name, checks in torch.load(path, weights_only=True).items():
-        page = name.split(".")[0]
-        if page not in sys.modules:
-            print(json.dumps([page]), file=out, flush=True)
-            with contextlib.suppress(Exception, SystemExit):  # observe() reports it
-                importlib.import_module(page)
+    for name, rows in torch.load(path, weights_only=True).items():
         print(json.dumps([name]), file=out, flush=True)
-        seen = [observe(name, key, inputs) for key, inputs in checks]
+        seen = [observe(name, words, inputs) for words, inputs in rows]
         print(json.dumps([name, seen]), file=out, flush=True)
     os._exit(0)  # whatever still runs in a thread
