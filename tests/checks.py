@@ -41,41 +41,26 @@ def pairs(distance):
     return out
 
 
-def update_memory(function, memory, *rest):
-    memory = memory.detach().clone()
-    function(memory, *rest)
-    return memory
-
-
-def follow(function, slow, fast, alpha):
-    slow = slow.detach().clone()
-    function(iter(slow), iter(fast), alpha)
-    return slow, fast
+def in_place(function, changed, *rest):
+    changed = changed.detach().clone()
+    function(changed, *rest)
+    return changed, rest[0]
 
 
 def pk_batches(function, labels, cams, p, k, iters):
     """What is true of the batches, whatever was drawn."""
-    labels, cams, runs = labels.numpy(), cams.numpy(), []
+    y, v, runs = labels.numpy(), cams.numpy(), []
     for seed in (1, 1, 2):
-        draw = torch.Generator().manual_seed(seed)
-        batches = itertools.islice(function(labels, cams, p, k, iters, draw), iters + 1)
-        runs.append(np.array([np.asarray(batch) for batch in batches]))           # (iters, p k)
-        if runs[-1].shape != (iters, p * k):
-            raise ValueError(f"the batches have shape {runs[-1].shape}, not {iters, p * k}")
+        batches = function(y, v, p, k, iters, torch.Generator().manual_seed(seed))
+        runs.append(np.array([np.asarray(x) for x in itertools.islice(batches, iters + 1)]))
     rows = runs[0].reshape(-1, k)                                                 # (iters p, k)
-    label, turn = labels[rows[:, 0]], len(set(labels[labels >= 0])) // p * p
-    distinct, other_cameras = [], []
-    for anchor, *others in rows:
-        same = np.flatnonzero(labels == labels[anchor])
-        away = same[cams[same] != cams[anchor]]
-        may = away if len(away) else same[same != anchor] if len(same) > 1 else same
-        distinct.append(len(set(others)) == len(others) or len(may) < len(others))
-        other_cameras.append(len(away) == 0 or set(others) <= set(away))
+    label, turn = y[rows[:, 0]], len({*y[y >= 0]}) // p * p
+    away = [np.flatnonzero((y == y[i]) & (v != v[i])) for i in rows[:, 0]]
     return dict(
-        shape=runs[0], cameras=other_cameras, repeats=distinct,
-        labels=(labels[rows] == label[:, None]).all(1) & (label >= 0),
-        different=[len(set(batch)) == p for batch in label.reshape(-1, p)],
-        turns=[len(set(label[i:i + turn])) == turn for i in range(0, iters * p, turn)],
+        shape=runs[0], labels=(y[rows] == label[:, None]).all(1) & (label >= 0),
+        turns=[len({*label[i:i + turn]}) == turn for i in range(0, len(label), turn)],
+        cameras=[len(x) == 0 or {*row[1:]} <= {*x} for x, row in zip(away, rows)],
+        repeats=[len(x) < k - 1 or len({*row[1:]}) == k - 1 for x, row in zip(away, rows)],
         generator=[np.array_equal(*runs[:2]), not np.array_equal(*runs[1:])])
 
 
@@ -90,41 +75,35 @@ def split_by_camera(function, labels, cams):
                 unseen=table >= 0)
 
 
-def mixed_distance(function, views, k1, l1):
+def mixed_distance(function, *inputs):
     """With another distance, of cosines: common.jaccard_distance() may be another blank."""
     def cosine_distance(features, *_, **__):
         unit = F.normalize(features)
         return sparse((1 - unit @ unit.T).clip(0, 1))
     with mock.patch("common.jaccard_distance", cosine_distance):
-        return pairs(function(views, k1, l1))
-
-
-class Net(torch.nn.Module):
-    """A network for soft_labels(): images (B, D) are the pooled features, the neck a product."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, images, inside=False):
-        neck = images @ self.weight
-        return (images, neck) if inside else F.normalize(neck)
+        return pairs(function(*inputs))
 
 
 def soft_labels(function, weights, views, classifiers, means, index, temp):
-    args = types.SimpleNamespace(temp=temp, bn_splits=1, nets=len(weights))
-    return function([*map(Net, weights)], [*classifiers], [*views], means, index, args)
+    """Here the pooled features of a network are its images, and its neck is a product."""
+    nets = [torch.nn.Module() for _ in weights]
+    for net, weight in zip(nets, weights):
+        net.forward = lambda x, inside=False, weight=weight: (x, x @ weight)
+    args = types.SimpleNamespace(temp=temp, bn_splits=1, nets=len(nets))
+    return function(nets, [*classifiers], [*views], means, index, args)
 
 
 CALLS = {
     "common.cluster_means": lambda f, x, labels: f(x, labels.numpy()),
     "common.GeM": lambda f, x, p: torch.func.functional_call(f(), {"p": p}, (x,)),
+    "common.average_precision": lambda f, *inputs: (
+        lambda AP, first: dict(shape=(AP, first), values=AP, first=first))(*f(*inputs)),
     "common.jaccard_distance": lambda f, *inputs: pairs(f(*inputs)),
-    "common.average_precision": lambda f, *inputs: dict(zip(["AP", "first"], f(*inputs))),
+    "common.update_memory": in_place, "common.pk_batches": pk_batches,
+    "ccsd.split_by_camera": split_by_camera, "mskd.mixed_distance": mixed_distance,
     "sskd.adaptive_eps": lambda f, distance, rho: f(sparse(distance), rho),
-    **{f"{page}.{call.__name__}": call for page, call in (
-        ("common", update_memory), ("common", pk_batches), ("ccsd", split_by_camera),
-        ("mskd", mixed_distance), ("sskd", soft_labels), ("sskd", follow))}}
+    "sskd.soft_labels": soft_labels, "sskd.follow": lambda f, *inputs: in_place(
+        lambda slow, fast, alpha: f(iter(slow), iter(fast), alpha), *inputs)}
 
 # ------------------------------------------------------------------------------ looking and judging
 
@@ -139,14 +118,13 @@ def observe(name, words, inputs):
     try:
         function = getattr(importlib.import_module(page), function)
         result = CALLS.get(name, lambda f, *inputs: f(*inputs))(function, *inputs)
-        result = result[kind] if isinstance(result, dict) else result
+        if isinstance(result, dict):
+            result = result[kind if kind in result else "values"]
         result = result if isinstance(result, tuple) else (result,)
         if leaves:
-            linked = [x for x in result if torch.is_tensor(x) and x.requires_grad]
-            total = sum((x.flatten() * torch.linspace(1, 2, x.numel())).sum() for x in linked)
-            found = torch.autograd.grad(total, leaves, allow_unused=True) if linked else leaves
-            result = [torch.zeros_like(x) if g is None or not linked else g
-                      for x, g in zip(leaves, found)]
+            total = sum((x.flatten() * torch.linspace(1, 2, x.numel())).sum() for x in result
+                        if torch.is_tensor(x) and x.requires_grad)
+            result = torch.autograd.grad(total + sum(0 * x.sum() for x in leaves), leaves)
         arrays = [np.asarray(x.detach() if torch.is_tensor(x) else x) for x in result]
         return dict(shape=[list(x.shape) for x in arrays],
                     values=[x for array in arrays for x in array.ravel().tolist()])
@@ -175,14 +153,14 @@ def complaint(words, seen, wanted):
             return f"{words} (shape {shapes[0]} instead of {shapes[1]})"
         if kind == "shape":
             return ""
-        a, b = np.array(seen["values"], float), np.array(wanted["values"], float)
+        a, b = (np.array(x["values"], float) for x in (seen, wanted))
         off = ~(np.abs(a - b) <= 1e-3 * np.abs(b) + 1e-4 * np.abs(b).max() + 1e-6)
     except Exception:  # whatever a stranger's process wrote
         return f"{words} (the result cannot be read)"
-    i, some = off.argmax(), off.sum() > 1
-    numbers = f"{a[i]:.4g} instead of {b[i]:.4g}" * (wanted["values"][i] is not True)
-    places = f"{', ' * bool(numbers)}at {off.sum()} of {len(b)} places" * bool(some or not numbers)
-    return f"{words} ({numbers}{places})" if off.any() else ""
+    i = off.argmax()
+    number = "no" if wanted["values"][i] is True else f"{a[i]:.4g} instead of {b[i]:.4g}"
+    places = f" in {off.sum()} of {len(b)} places" * (len(b) > 1)
+    return f"{words} ({number}{places})" if off.any() else ""
 
 
 def points():
