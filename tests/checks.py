@@ -41,10 +41,16 @@ def pairs(distance):
     return out
 
 
-def in_place(function, changed, *rest):
-    changed = changed.detach().clone()
-    function(changed, *rest)
-    return changed, rest[0]
+def update_memory(function, memory, *rest):
+    memory = memory.detach().clone()
+    function(memory, *rest)
+    return memory
+
+
+def follow(function, slow, fast, alpha):
+    slow = [x.detach().clone() for x in slow]
+    function(iter(slow), iter(fast), alpha)
+    return torch.stack(slow)
 
 
 def pk_batches(function, labels, cams, p, k, iters):
@@ -62,6 +68,11 @@ def pk_batches(function, labels, cams, p, k, iters):
         cameras=[len(x) == 0 or {*row[1:]} <= {*x} for x, row in zip(away, rows)],
         repeats=[len(x) < k - 1 or len({*row[1:]}) == k - 1 for x, row in zip(away, rows)],
         generator=[np.array_equal(*runs[:2]), not np.array_equal(*runs[1:])])
+
+
+def jaccard_distance(function, *inputs):
+    distance = pairs(function(*inputs))
+    return dict(shape=distance, zeros=distance, values=np.where(distance > 1e-6, distance, 1))
 
 
 def split_by_camera(function, labels, cams):
@@ -98,12 +109,11 @@ CALLS = {
     "common.GeM": lambda f, x, p: torch.func.functional_call(f(), {"p": p}, (x,)),
     "common.average_precision": lambda f, *inputs: (
         lambda AP, first: dict(shape=(AP, first), values=AP, first=first))(*f(*inputs)),
-    "common.jaccard_distance": lambda f, *inputs: pairs(f(*inputs)),
-    "common.update_memory": in_place, "common.pk_batches": pk_batches,
+    "common.jaccard_distance": jaccard_distance,
+    "common.update_memory": update_memory, "common.pk_batches": pk_batches,
     "ccsd.split_by_camera": split_by_camera, "mskd.mixed_distance": mixed_distance,
     "sskd.adaptive_eps": lambda f, distance, rho: f(sparse(distance), rho),
-    "sskd.soft_labels": soft_labels, "sskd.follow": lambda f, *inputs: in_place(
-        lambda slow, fast, alpha: f(iter(slow), iter(fast), alpha), *inputs)}
+    "sskd.soft_labels": soft_labels, "sskd.follow": follow}
 
 # ------------------------------------------------------------------------------ looking and judging
 

@@ -204,35 +204,169 @@ def soft_labels(slow, classifiers, views, camera_means, index, args):
 def multi_similarity_loss(pooled, labels, threshold=.5, margin=.1, low=2., high=40.):
     x = pooled.double()
     x = x / x.norm(dim=1, keepdim=True)
-    S, total = x @ x.T, 0
-    for s, y in zip(S, labels):
+    S, terms = x @ x.T, []
+    for i, (s, y) in enumerate(zip(S, labels)):
         pos, neg = s[(labels == y) & (s < 1 - 1e-5)], s[labels != y]
         if len(pos) and len(neg):
             pos, neg = pos[pos < neg.max() + margin], neg[neg > pos.min() - margin]
         if len(pos) and len(neg):
-            total = total + (1 + (-low * (pos - threshold)).exp().sum()).log() / low
-            total = total + (1 + (high * (neg - threshold)).exp().sum()).log() / high
-    return total / len(S)
+            terms.append((1 + (-low * (pos - threshold)).exp().sum()).log() / low
+                         + (1 + (high * (neg - threshold)).exp().sum()).log() / high)
+    return sum(terms) / len(S)
 
 
-MISTAKES = {  # function: (text, what it becomes, kinds of points that are lost)
+MISTAKES = {  # function: its text, what students write instead, the kinds of points that this costs
     "common.GeM": [
-        ("self.p.", "3", ""), ],
-}
+        ("1 / self.p", "1 / 3", "power floor gradient"),
+        ("** self.p", "** self.p.detach()", "gradient"),
+        ("/ (x.shape[2] * x.shape[3])", "/ x.shape[2]", "all"),
+        ("1e-6", "0", "gradient"),
+        ("total / (x.shape[2] * x.shape[3])", "x ** self.p", "all and shape")],
+    "common.cluster_means": [
+        ("labels.max() + 1", "labels.max()", "all and shape"),
+        ("mean / mean.norm()", "mean", "all"),
+        ("mean(0)", "mean(1)", "all and shape"),
+        ("range(labels.max() + 1)", "np.unique(labels)", "outliers"),
+        ("if features.dim() == 3", "if False", "views")],
+    "common.update_memory": [
+        ("features.detach()", "features", "gradient"),
+        ("momentum * memory[y] + (1 - momentum) * f",
+         "momentum * f + (1 - momentum) * memory[y]", "momentum"),
+        ("m / m.norm()", "m", "values momentum order"),
+        ("for f, y in", "memory = memory.clone()\n    for f, y in", "values momentum order"),
+        ("zip(features.detach(), labels)", "reversed([*zip(features.detach(), labels)])", "order")],
+    "common.average_precision": [
+        ("(-row[j], hit[j])", "(-row[j], -hit[j])", "ties"),
+        ("(-row[j], hit[j])", "(row[j], hit[j])", "all"),
+        ("ranks[0] - 1", "ranks[0]", "first"),
+        ("n / rank for n, rank in enumerate(ranks, 1)",
+         "1 / rank for rank in ranks", "AP ties ignored"),
+        ("/ len(ranks)", "/ len(row)", "AP ties ignored")],
+    "common.pk_batches": [
+        (" - {-1}", "", "labels Problem"),
+        ("queue = queue[p:]", "queue = []", "turns"),
+        ("if cams[i] != cams[images[0]]", "if i != images[0]", "cameras"),
+        ("enough = permuted(others)", "enough = [others[0]]", "repeats"),
+        ("generator=generator", "generator=None", "generator"),
+        ("len(people) < p", "False", "Problem")],
+    "common.jaccard_distance": [
+        ("k1, k2)", "k1)", "k2"),
+        ("d <= max_distance", "True", "max_distance"),
+        ("if d < 1", "if 0 < d < 1", "zeros"),
+        ("np.maximum(v[i], v[j]).sum()", "2", "all"),
+        ("1 - np.minimum", "np.minimum", "all")],
+    "ccsd.split_by_camera": [
+        ("if name[0] >= 0", "if True", "outliers"),
+        ("(max(labels) + 1, max(cams) + 1), -1", "(max(labels) + 1, max(cams) + 1), 0", "unseen"),
+        ("np.full(len(labels), -1)", "np.full(len(labels), 0)", "outliers"),
+        ("max(cams) + 1", "max(cams) + 2", "shape unseen"),
+        ("[k for k, v in names]", "[v for k, v in names]", "groups table")],
+    "ccsd.intra_camera_loss": [
+        (" / temp", "", "temperature"),
+        ("[camera == camera[g]]", "", "all"),
+        ("[camera == camera[g]]", "[camera != camera[g]]", "all"),
+        ("/ len(group)", "", "all"),
+        ("similarity.double()", "similarity.detach().double()", "gradient")],
+    "ccsd.cross_camera_loss": [
+        (" / temp", "", "temperature"),
+        ("s[parent != parent[g]]",
+         "s[torch.arange(len(s)) != g]", "values several temperature hardest without gradient"),
+        (" and h != g", "", "all"),
+        ("[:negatives]", "", "hardest"),
+        (") / len(positives)", ")", "several without"),
+        ("sum(losses) / len(losses) if losses else",
+         "sum(losses) / len(group) if losses else", "without"),
+        ("if losses else 0 * similarity.sum()", "", "none")],
+    "ccsd.distillation_loss": [
+        (".detach()", "", "gradient"),
+        (" / temp", "", "temperature"),
+        ("log_p.exp() * (log_p - log_q)",
+         "log_q.exp() * (log_q - log_p)", "values cameras temperature unseen gradient"),
+        ("if table[j, v] >= 0 and table[j, w] >= 0", "", "unseen"),
+        ("if losses else 0 * similarity.sum()", "", "none"),
+        ("sum(terms) / len(terms)", "sum(terms)", "cameras unseen"),
+        ("w != v and", "", "values cameras temperature unseen gradient")],
+    "mskd.view_losses": [
+        (" / temp", "", "temperature"),
+        ("memory[v]", "memory[0]", "all"),
+        ("/ len(k)", "", "all"),
+        ("torch.stack(views)", "torch.stack(views).mean()", "all and shape"),
+        ("f[v]", "f[v].detach()", "gradient")],
+    "mskd.distillation_losses": [
+        ("t = t.detach()", "", "gradient"),
+        ("/ f.shape[1]", "/ f.shape[1] / f.shape[2]", "all"),
+        ("((a - b) ** 2).sum()", "(a - b).norm()", "all"),
+        ("torch.stack(", "sum(", "all and shape"),
+        ("/ f.shape[1]", "", "all")],
+    "mskd.mixed_distance": [
+        ("1 - 2 * l1", "1 - l1", "values missing zeros"),
+        ("[1 - 2 * l1, l1, l1]", "[1, l1, l1]", "values missing zeros"),
+        ("if s > 0", "if 0 < s < .99999", "zeros"),
+        ("weight * (1 - d)", "weight * d", "all"),
+        ("views, [1", "views[:1], [1", "values missing zeros"),
+        ("max(1 - s, 0)", "s", "all")],
+    "sskd.soft_label_loss": [
+        ("z - z.max(1, keepdim=True).values", "z", "large"),
+        (") / len(z)", ") / z.numel()", "all"),
+        ("keepdim=True).log()", "keepdim=True).log() * 0", "values hard gradient"),
+        ("soft * log_q", "log_q.exp() * soft.log()", "all"),
+        ("soft * log_q", "soft * (log_q - soft.log())", "all"),
+        ("sum(1, keepdim=True)", "sum(0, keepdim=True)", "all"),
+        ("z.double()", "z.detach().double()", "gradient")],
+    "sskd.follow": [
+        ("alpha * e + (1 - alpha) * m", "alpha * m + (1 - alpha) * e", "alpha first"),
+        ("m.detach()", "m", "gradient"),
+        ("e.copy_(", "e = (", "values alpha first"),
+        ("e.copy_(", "m.copy_(", "values alpha first"),
+        (" + (1 - alpha) * m", "", "values alpha first")],
+    "sskd.adaptive_eps": [
+        ("if d > 1e-6", "", "duplicates"),
+        ("rho * len(every)", "rho * n * n", "values missing duplicates"),
+        ("every[:max(count, 1)]", "sorted(2 * every)[:max(count, 1)]", "values missing duplicates"),
+        ("max(count, 1)", "count", "few"),
+        ("if d > 1e-6", "if 1e-6 < d < 1", "missing"),
+        ("np.mean(every[:max(count, 1)])", "every[max(count, 1) - 1]", "values missing duplicates")],
+    "sskd.soft_labels": [
+        (" / args.temp", "", "temperature"),
+        ("[1].detach()", "[1]", "gradient"),
+        ("views[i]", "views[0]", "values temperature cameras"),
+        ("classifiers[i]", "classifiers[0]", "values temperature cameras"),
+        ("* length", "", "cameras"),
+        ("sum(1, keepdim=True)", "sum(0, keepdim=True)", "values temperature cameras"),
+        ("b / length - ", "b - ", "cameras")],
+    "sskd.multi_similarity_loss": [
+        ("x / x.norm(dim=1, keepdim=True)", "x", "all"),
+        (" & (s < 1 - 1e-5)", "", "values duplicates"),
+        ("pos[pos < neg.max() + margin], neg[neg > pos.min() - margin]",
+         "pos, neg", "mining solved gradient"),
+        ("/ len(S)", "", "all"),
+        ("/ len(S)", "/ len(terms)", "solved"),
+        ("(s < 1 - 1e-5)", "(torch.arange(len(s)) != i)", "duplicates"),
+        ("/ low", "", "all")]}
 
 
-def score(name, function, monkeypatch, seed=1):
-    """-> points, kinds of the points that are lost."""
+def kinds(name, function, monkeypatch, seed=1):
+    """-> the kinds of points that a function gets and loses in the place of a page's."""
     page, attribute = name.split(".")
     rows = handout.cases([name], seed)[name]
     monkeypatch.setattr(sys.modules[page], attribute, function)
-    seen = [checks.observe(name, words, inputs) for words, inputs, _ in rows]
-    points, wrong = handout.score(rows, seen)
-    return points, len(rows), wrong
+    points, wrong = handout.score(rows, [checks.observe(name, *row[:2]) for row in rows])
+    lost = {x.split(":")[0] for x in wrong}
+    assert points in (0, len(rows) - len(wrong))
+    return points, lost, wrong
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", handout.BLANKS)
 def test_another_right_answer_gets_all_points(name, seed, monkeypatch):
-    points, most, wrong = score(name, globals()[name.split(".")[1]], monkeypatch, seed)
-    assert points == most and not wrong, wrong
+    points, lost, wrong = kinds(name, globals()[name.split(".")[1]], monkeypatch, seed)
+    assert not lost, wrong
+
+
+def mistaken(name, text, instead):
+    function = globals()[name.split(".")[1]]
+    source = inspect.getsource(function)
+    assert source.count(text) == 1, (name, text, source.count(text))
+    space = dict(globals())
+    exec(source.replace(text, instead), space)
+    return space[function.__name__]
