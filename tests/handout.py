@@ -223,16 +223,22 @@ def cases(names, seed):
 # ----------------------------------------------------------------------------------- handing out
 
 TEST = '''"""A test a point. Its message says what is wrong; checks.py calls your functions."""
-
+import os
 import checks
 import pytest
+import torch
+
+path = os.path.join(os.path.dirname(__file__), "assignment.bin")
+POINTS = {f"{name} {row[0].split(':')[0]}": (name, *row)
+          for name, rows in torch.load(path, weights_only=True).items() for row in rows}
 
 
-@pytest.mark.parametrize("name, words, inputs, wanted", checks.points())
-def test_blank(name, words, inputs, wanted):
+@pytest.mark.parametrize("point", POINTS)
+def test_blank(point):
+    name, words, inputs, wanted = POINTS[point]
     wrong = checks.complaint(words, checks.observe(name, words, inputs), wanted)
     if wrong:
-        pytest.fail(f"{name}, {wrong}", pytrace=False)
+        pytest.fail(wrong, pytrace=False)
 '''
 
 
