@@ -173,14 +173,14 @@ def complaint(words, seen, wanted):
     return f"{words} ({number}{places})" if off.any() else ""
 
 
-def work(path):
-    """In a process of its own: for each function of {name: [(words, inputs)]} in the file, write a
-    line of JSON before and after. Only this function writes to stdout; prints go nowhere."""
+def work():
+    """In a process of its own: for each function of {name: [(words, inputs)]} in inputs.bin, write
+    a line of JSON before and after. Only this function writes to stdout; prints go nowhere."""
     out, nowhere = os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    for name, rows in torch.load(path, weights_only=True).items():
-        print(json.dumps([name]), file=out, flush=True)
+    for name, rows in torch.load("inputs.bin", weights_only=True).items():
+        print(json.dumps([name, None]), file=out, flush=True)
         seen = [observe(name, words, inputs) for words, inputs in rows]
         print(json.dumps([name, seen]), file=out, flush=True)
     os._exit(0)  # whatever still runs in a thread
