@@ -23,7 +23,7 @@ from scipy.sparse import csr_array
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, HERE)
 
-# ----------- how functions are called: -> array or arrays; or a dict, for each kind of point its own
+# ----------- how functions are called: -> array or arrays, or a dict with one for each kind of point
 
 
 def sparse(dense):

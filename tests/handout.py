@@ -43,7 +43,7 @@ BLANKS = {  # function: what it needs to know; what to do
     "common.update_memory": ("momentum", "image after image, in place, without gradient"),
     "common.average_precision": ("ranks, ties", "mean precision at the ranks of right answers"),
     "common.pk_batches": ("random numbers", "p labels x k images, drawn by the generator"),
-    "common.jaccard_distance": ("neighbours, sparse matrices", "compare rows of neighbour_vectors()"),
+    "common.jaccard_distance": ("neighbours, sparse matrices", "compare neighbour_vectors()"),
     "ccsd.split_by_camera": ("np.unique", "number the pairs (cluster, camera) that occur"),
     "ccsd.intra_camera_loss": ("cross-entropy, masks", "compare within the image's camera"),
     "ccsd.cross_camera_loss": ("log-sum-exp, top-k", "a cross-entropy for each positive"),
@@ -58,8 +58,8 @@ BLANKS = {  # function: what it needs to know; what to do
     "sskd.multi_similarity_loss": ("masks, log-sum-exp", "the hard pairs of every anchor")}
 PAGES = [*dict.fromkeys(name.split(".")[0] for name in BLANKS)]
 
-# ------------------ cases: (function, (words of a point, *inputs), ...), see checks.py; a point that
-# is words alone has the inputs of the first; so has one more, of the shape
+# --------------- cases: (function, (words of a point, *inputs), ...), see checks.py; a point that is
+# words alone has the inputs of the first; so has one more, of the shape
 
 
 def unit(*shape):
@@ -200,9 +200,9 @@ def cases(names, seed):
         torch.manual_seed(seed)
         for page in (common_cases, ccsd_cases, mskd_cases, sskd_cases):
             for name, *rows in page(4 + seed % 3):
-                first = next(inputs for _, *inputs in filter(lambda x: not isinstance(x, str), rows))
-                rows = [(x, *first) if isinstance(x, str) else x for x in ("shape: ...", *rows)]
-                found[name] = [(words, inputs) for words, *inputs in rows]
+                first = next(x[1:] for x in rows if isinstance(x, tuple))
+                found[name] = [(x, first) if isinstance(x, str) else (x[0], x[1:])
+                               for x in ("shape: see the docstring", *rows)]
     return {name: [(words, inputs, checks.observe(name, words, inputs))
                    for words, inputs in found[name]] for name in names}
 
@@ -413,7 +413,8 @@ def main(argv=None):
     add = parser.add_argument
     add("words", nargs="*", metavar="make FOLDER, grade FOLDER ...")
     add("--list", action="store_true", help="show functions and points")
-    add("--blank", nargs="+", default=[], metavar="PAGE.FUNCTION", help="only these, or all of a PAGE")
+    add("--blank", nargs="+", default=[], metavar="PAGE.FUNCTION",
+        help="only these, or all of a PAGE")
     add("--no-toy", dest="toy", action="store_false", help="grade without runs on the toy set")
     add("--limit", type=common.number(float, 1), default=60,
         help="seconds for the functions of a page, ten times as many for a toy run (%(default)s)")
