@@ -203,6 +203,7 @@ def distillation_loss(similarity, group, parent, camera, table, temp):
 def main(argv=None):
     args = get_args(argv)
     device = common.pick_device(args.device)
+    args.precision = common.precision(device, args.precision)
     log = common.Log(args.out, device, args)
     if log.finished:
         return log.finished["scores"]
@@ -215,11 +216,12 @@ def main(argv=None):
     model = common.Encoder(args.arch, args.weights, parts=0, pooling="gem").on(device, args)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
                                  fused=device.type == "cuda")
-    state = dict(generator=generator, model=model, optimizer=optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    state = dict(generator=generator, model=model, optimizer=optimizer, scaler=scaler)
     resumed = log.restore(train, **state)
     labels = resumed.get("labels")
     if not resumed:  # a new run
-        log.epoch("start", scores=common.test(model, test_set))
+        log.epoch("start", scores={} if args.quick else common.test(model, test_set))
         if from_scratch:  # W
             common.warm_up(model, images, cams, generator, args.warm_up)
             log.epoch("warmed up", scores=common.test(model, test_set))
@@ -286,9 +288,10 @@ def main(argv=None):
             factor = .1 ** (epoch // args.lr_drop) if args.lr_drop else cosine
             optimizer.param_groups[0]["lr"] = args.lr * factor
             optimizer.zero_grad()
-            loss.backward()
+            scaler.scale(loss).backward()
             common.average_gradients(optimizer)  # of several GPUs; does nothing on one
-            optimizer.step()
+            scaler.step(optimizer)  # in fp16, a step whose gradients overflow is skipped
+            scaler.update()
 
             # 5g momentum update of the memories, so that they keep up with the network
             common.update_memory(cluster_memory, f, k, args.momentum, K)

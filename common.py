@@ -24,8 +24,8 @@ import csv
 import difflib
 import errno
 import functools
-import glob
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -33,12 +33,14 @@ import os
 import platform
 import random
 import re
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -68,7 +70,9 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-progress = functools.partial(tqdm, leave=False, disable=None)  # a bar, only on a terminal
+NOTEBOOK = "ipykernel" in sys.modules
+progress = functools.partial(tqdm, leave=False, disable=False if NOTEBOOK else None)
+# a bar, only on a terminal or in a notebook
 
 
 class Problem(Exception):
@@ -87,15 +91,16 @@ class Split(NamedTuple):
     camera_names: list = ()  # (V,) what files and folders call them
 
 
-def load(name, root="data", at_least=1, draw=True):
+def load(name, root="data", at_least=1, draw=True, few=False):
     """Read a data set -> train, query, gallery: a Split each, sorted by file name.
 
     name: a key of DATASETS, looked for below `root`, or a folder: one of TRIPLES, its training part
     alone, or own images (read_own). NAME:source and NAME:target read half of it (take_half). A file
     name starts with person and camera, 0002_c1...; person -1 is junk and dropped; person 0, a
     distractor in Market-1501, is a person like others and wrong for every other person's query.
-    Cameras are renumbered 0..V-1. draw: draw a missing toy set. Raises Problem if files cannot be
-    read or there are fewer than `at_least` training images.
+    Cameras are renumbered 0..V-1. draw: draw a missing toy set. few: only some people
+    (--quick). Raises Problem if files cannot be read or there are fewer than `at_least` training
+    images.
     """
     name, root = os.fspath(name), os.fspath(root)
     name, half = name.rsplit(":", 1) if name.endswith((":source", ":target")) else (name, None)
@@ -104,6 +109,7 @@ def load(name, root="data", at_least=1, draw=True):
     if half:
         name, rows = f"{name}:{half}", take_half(rows, half)
     check_rows(name, folder, rows, at_least)
+    rows = take_few(rows) if few else rows
     cameras = sorted({camera for split in rows for _, _, camera in split})
     splits = []
     for split in rows:
@@ -152,7 +158,7 @@ def read_images(split, height, width):
 def read_data(args, device):
     """Read the data set of --data, --root and --size -> the training Split, its images, on the GPU
     if they fit, and the test set: query, gallery and the images of both."""
-    train, query, gallery = load(args.data, args.root, args.batch_size)
+    train, query, gallery = load(args.data, args.root, args.batch_size, True, args.quick)
     if args.true_ids and train.pids.min() < 0:
         raise Problem(f"--true-ids: the ids of {args.data} are not known (leave it out)")
     if args.centre:
@@ -242,6 +248,8 @@ def pk_batches(labels, cams, p, k, iters, generator):
     once before any repeats; the last ones, if fewer than p, are skipped. The first of the k images
     is uniform; the others come from other cameras than the first if there are any (cams=None: from
     any camera), and without repeats if there are enough. Raises Problem for fewer than p labels.
+    A label of one image fills k places with it: outliers as labels of their own fill most of a
+    batch with copies (14.8 mAP instead of 40.6 with them in the memory only, as negatives).
     """
     members = [np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0])]
     if len(members) < p:
@@ -266,8 +274,6 @@ def pk_batches(labels, cams, p, k, iters, generator):
 
 
 # ======================================================================================= 4 network
-
-ARCHS = ("small", "resnet18", "resnet18-layer3", "resnet34", "resnet50")
 
 
 class GeM(nn.Module):
@@ -295,11 +301,9 @@ class Encoder(nn.Module):
 
     def __init__(self, arch="resnet50", weights="imagenet", parts=0, pooling="gem"):
         super().__init__()
-        if arch == "small" and weights != "none":
-            raise Problem("--arch small has no ImageNet weights (say --weights none)")
-        self.bf16 = self.recompute = False  # set by on()
-        self.backbone = small_backbone() if arch == "small" else resnet_backbone(arch, weights)
-        self.width = {"small": 256, "resnet18-layer3": 256, "resnet50": 2048}.get(arch, 512)
+        self.precision, self.recompute = "fp32", False  # set by on()
+        self.width, build = ARCHS[arch]
+        self.backbone = build(arch, weights)
         self.parts, self.pooling = parts, pooling
         self.pools = nn.ModuleList(
             GeM() if pooling == "gem" else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -311,19 +315,17 @@ class Encoder(nn.Module):
             self.to(memory_format=torch.channels_last)
 
     def on(self, device, args):
-        """-> self on the device, set as --bf16, --fp32 and --recompute say (appendix B)."""
-        self.bf16 = args.bf16 or (device.type == "cuda" and not args.fp32)
-        self.recompute = args.recompute
+        """-> self on the device, set as --precision and --recompute say (appendix B)."""
+        self.precision, self.recompute = args.precision, args.recompute
         return self.to(device)
 
     def forward(self, images, inside=False):
         """inside=True: return the outputs of pooling and of the neck instead of unit features."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+        half = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        with torch.autocast(images.device.type, half, enabled=self.precision != "fp32"):
             last = recomputed(self.backbone, images) if self.recompute else self.backbone(images)
         last = last.float()                                                       # (B, D, h, w)
-        if self.parts and last.shape[2] % self.parts:
-            raise Problem(f"a map of {last.shape[2]} rows cannot be cut into {self.parts} equal "
-                          f"stripes (make the height a multiple of {16 * self.parts})")
+        check_stripes(images.shape[2], last.shape[2], self.parts)
         views = [last, *(last.chunk(self.parts, 2) if self.parts else ())]
         pooled = [pool(view) for pool, view in zip(self.pools, views)]            # (B, D) each
         necks = [neck(x) for neck, x in zip(self.necks, pooled)]                  # (B, D) each
@@ -338,14 +340,38 @@ def resnet_backbone(arch, weights):
     if weights != "none":
         load_weights(net, arch, weights)
     block = net.layer4[0]
-    strided = block.conv2 if arch == "resnet50" else block.conv1
-    strided.stride = block.downsample[0].stride = (1, 1)
+    for conv in (block.conv1, block.conv2, block.downsample[0]):
+        conv.stride = (1, 1)
     left_out = ["avgpool", "fc"] + ["layer4"] * arch.endswith("-layer3")
     backbone = nn.Sequential()
     for name, module in net.named_children():
         if name not in left_out:
             backbone.add_module(name, module)
     return backbone
+
+
+ARCHS = {  # --arch: D and a function (arch, weights) -> a module (B, 3, H, W) -> (B, D, h, w)
+    "small": (256, lambda arch, weights: small_backbone(weights)),                # appendix A
+    "resnet18": (512, resnet_backbone),
+    "resnet18-layer3": (256, resnet_backbone),
+    "resnet34": (512, resnet_backbone),
+    "resnet50": (2048, resnet_backbone)}
+
+
+def map_rows(arch, size):
+    """-> h, the rows of the last map of images of that size (H, W); nothing is computed."""
+    with torch.device("meta"):
+        return ARCHS[arch][1](arch, "none").eval()(torch.empty(1, 3, *size)).shape[2]
+
+
+def check_stripes(height, rows, parts):
+    """Raises Problem if the map of an image of that height has no equal stripes, `parts` of them.
+    """
+    if parts and rows % parts:
+        stride = 2 ** round(math.log2(height / rows))
+        raise Problem(f"--size {height}: the network's map has {rows} rows, which cannot be cut "
+                      f"into {parts} equal stripes (make the height a multiple of "
+                      f"{parts * stride})")
 
 
 # ====================================================================================== 5 features
@@ -397,24 +423,34 @@ def exact_search(features):
 
 # ====================================================================================== 6 distance
 
+DUPLICATE = 1e-6  # distance of two images that share all neighbours; see zeros_on_diagonal()
+
 
 def jaccard_distance(features, k1=30, k2=6, max_distance=1.):
     """k-reciprocal Jaccard distance (Zhong et al., CVPR 2017): (N, D) -> sparse CSR (N, N) float32.
 
     Two images are close if they share neighbours. Exact, in [0, 1]. Pairs that share none are at
     distance 1 and not stored, and neither are pairs farther apart than max_distance. The diagonal
-    and other zeros are stored. k1 counts the image itself (30 columns), as in ClusterContrast.
-    Raises Problem for features that are not finite.
+    is stored, as 0; no other pair is below DUPLICATE. k1 counts the image itself (30 columns), as
+    in ClusterContrast. Raises Problem for features that are not finite.
     """
     vectors, rows = neighbour_vectors(features, k1, k2), []
     blocks = len(features) // 256 + 1
     for shared in progress(overlaps(vectors, vectors), "Jaccard distance", blocks):
-        shared.data = (1 - shared.data / (2 - shared.data)).clip(0)               # J(i, j)
+        shared.data = 1 - shared.data / (2 - shared.data)                         # J(i, j)
         keep = shared.data <= max_distance + 1e-4  # dbscan() widens eps a little
         ends = np.concatenate([[0], keep.cumsum()])[shared.indptr]
         rows.append(csr_array((shared.data[keep], shared.indices[keep], ends), shared.shape))
-    distance = vstack(rows, format="csr")
+    distance = zeros_on_diagonal(vstack(rows, format="csr"))
     distance.sort_indices()
+    return distance
+
+
+def zeros_on_diagonal(distance):
+    """In place: 0 on the diagonal, which is stored, at least DUPLICATE elsewhere -> the distance.
+    For SciPy a stored 0 is no edge: its spanning tree drops it, and HDBSCAN then never ends."""
+    distance.data = distance.data.clip(DUPLICATE)
+    distance.setdiag(0)
     return distance
 
 
@@ -660,8 +696,10 @@ class SmallBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(y)) + self.skip(x))
 
 
-def small_backbone():
-    """-> a slim ResNet of 1.2 M parameters with IBN-a in stages 1 to 3."""
+def small_backbone(weights):
+    """-> a slim ResNet of 1.2 M parameters with IBN-a in stages 1 to 3. weights: "none"."""
+    if weights != "none":
+        raise Problem("--arch small has no ImageNet weights (say --weights none)")
     stages = [nn.Conv2d(3, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU()]
     for width_in, width, stride in ((24, 32, 2), (32, 64, 2), (64, 128, 2), (128, 256, 1)):
         norm = nn.BatchNorm2d if width == 256 else InstanceBatchNorm
@@ -679,6 +717,8 @@ def warm_up(model, images, cams, generator, epochs=4, batch_size=96, lr=1e-3, te
     device = next(model.parameters()).device
     cams = torch.from_numpy(cams).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr)
+    fp16 = getattr(model, "precision", "fp32") == "fp16"  # any network may be warmed up
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     model.train()
     for epoch in range(epochs):
         order = torch.randperm(len(images), generator=generator)
@@ -694,9 +734,10 @@ def warm_up(model, images, cams, generator, epochs=4, batch_size=96, lr=1e-3, te
                 logits.masked_fill_(camera[:, None] != camera, -math.inf)
                 loss = loss + F.cross_entropy(logits.fill_diagonal_(-math.inf), twin)
             optimizer.zero_grad()
-            loss.backward()
+            scaler.scale(loss).backward()
             average_gradients(optimizer)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
 
 
 def camera_means(features, cams):
@@ -729,6 +770,22 @@ def centre_cameras(features, cams):
 
 # ========================================================================================= B speed
 # The same results, sooner or in less memory.
+
+
+def precision(device, wanted):
+    """--precision -> the one to use on a device: fp32, bf16 or fp16. auto: the fastest that a CUDA
+    card computes, bf16 from compute capability 8.0 on (Ampere), fp16 from 7.0 on (it has matrix
+    cores for it), fp32 on older cards and elsewhere. Where bf16 would be emulated, which is slower
+    than fp32, auto decides instead, with a note."""
+    best, lacks = "fp32", device.type == "cpu" and cpu_has_bfloat16() is False
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        best = "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
+        lacks = best != "bf16"  # torch does not complain: it loops over the images of a batch
+    if wanted == "bf16" and lacks:
+        kind = "GPU" if device.type == "cuda" else "CPU"
+        say(f"note: this {kind} has no bfloat16, so --precision is {best}", sys.stderr)
+    return best if wanted == "auto" or wanted == "bf16" and lacks else wanted
 
 
 def place(images, device):
@@ -1144,6 +1201,18 @@ def take_half(rows, half):
     return [[row for row in split if row[2] in cameras] for split in (train, *rows[1:])]
 
 
+def take_few(rows, people=12, images=200):
+    """-> some of a data set: the first people of training and of the test, with all of their images
+    (no distractors); without ids, the first training images."""
+    train, query, gallery = rows
+    if any(person is None for _, person, _ in train):
+        return [train[:images], query, gallery]
+    trained = sorted({person for _, person, _ in train})[:people]
+    tested = sorted({person for _, person, _ in query})[:people]
+    return [[row for row in split if row[1] in chosen]
+            for split, chosen in ((train, trained), (query, tested), (gallery, tested))]
+
+
 def check_rows(name, folder, rows, at_least):
     """Warn if counts differ from the published ones; raise Problem for unusable splits."""
     _, counts = DATASETS.get(name, ([], ()))
@@ -1280,11 +1349,16 @@ def fill(module, state, what, unused=()):
 # ================================================================= D command line, seeds, devices
 
 COMMAND_LINE = []  # filled by run()
+STATE = {"LOCKS", "COMMAND_LINE"}  # no constants: they change
 DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("fp32", "bf16", "fp16")
 NO_NUMBER = {"out", "first_stage", "code", "root", "device", "eval_every", "resume", "on_collapse",
              "recompute"}  # flags and notes that do not change the results
 ON_A_CPU = ("--arch resnet18-layer3 --size 128 64 --epochs 40 --iters 200 --batch-size 64 "
-            "--num-instances 4 --bn-splits 1 --lr-drop 0 --eps .5 --bf16 --centre")
+            "--num-instances 4 --bn-splits 1 --lr-drop 0 --eps .5 --precision bf16 --centre")
+QUICK = dict(  # defaults of --quick
+    epochs=2, iters=3, batch_size=16, num_instances=4, bn_splits=1, eval_every=2, warm_up=1,
+    source_epochs=1, source_iters=3, nets=1, k1=10, eps=.6)
 SCHEDULE = dict(
     epochs=(int, 1, "epochs, each with a new clustering"), iters=(int, 1, "batches per epoch"),
     batch_size=(int, 2, "B = P x K images"), num_instances=(int, 1, "K, images per cluster"),
@@ -1344,6 +1418,8 @@ def add_run_flags(parser, warm_up=True):
         "defaults of other flags; NAME:source, NAME:target: half of it (%(default)s)")
     add("--root", default="data", help="where data sets are (%(default)s)")
     add("--out", help="folder of the run (runs/, named after the flags that are not defaults)")
+    add("--quick", action="store_true", help="try every step on a few people, in seconds: checks "
+        "an edit or a data set; the scores mean nothing")
     add("--resume", action="store_true", help="continue after the last finished epoch in OUT, "
         "if there is one; if you name --out, --epochs may grow")
     add("--on-collapse", choices=("stop", "skip"), default="stop", help="with too few clusters: "
@@ -1357,8 +1433,8 @@ def add_run_flags(parser, warm_up=True):
             "first clustering, with --weights none only (%(default)s)")
     add("--size", type=number(int, 32, 2048), nargs=2, metavar=("H", "W"), help="image size (toy "
         "set 96 48, published 256 128)")
-    add("--fp32", action="store_true", help="no bfloat16 on CUDA, where it is the default")
-    add("--bf16", action="store_true", help="bfloat16 elsewhere, if the CPU has it: faster")
+    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="of the convolutions; "
+        "auto: as the run in OUT began, or what suits the GPU; fp32 on a CPU (%(default)s)")
     add("--recompute", action="store_true", help="less memory, a third more time")
     add("--centre", action="store_true", help="subtract each camera's mean feature before "
         "clustering, which no paper does (always on with --weights none)")
@@ -1373,9 +1449,14 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
     early = Parser("", add_help=False)
     early.add_argument("--data", default="toy")
     early.add_argument("--weights")
+    early.add_argument("--quick", action="store_true")
+    words = [str(word) for word in (COMMAND_LINE if argv is None else argv)]
     early, _ = early.parse_known_args(argv)
     other = settings["toy" if early.weights == "none" else "market1501"]
     parser.set_defaults(**settings.get(early.data.rsplit(":", 1)[0], other))
+    if early.quick:
+        parser.set_defaults(**{name: value for name, value in QUICK.items()
+                               if parser.get_default(name) is not None})
     args, defaults = parser.parse_args(argv), parser.parse_args(["--data", early.data])
     if not (early.data.rsplit(":", 1)[0] in settings):  # --weights none chose other settings
         defaults.weights = settings["market1501"]["weights"]
@@ -1387,31 +1468,32 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
     if args.bn_splits % RANKS:
         raise Problem(f"--bn-splits {args.bn_splits} is no multiple of the {RANKS} processes of "
                       "torchrun (change one of them)")
-    if args.fp32 and args.bf16:
-        raise Problem("--fp32 and --bf16 exclude each other (leave one out)")
-    on_cpu = args.device == "cpu" or not torch.cuda.is_available()
-    if args.bf16 and on_cpu and cpu_has_bfloat16() is False:
-        say("note: this CPU has no bfloat16, so --bf16 is left out", sys.stderr)
-        args.bf16 = False
+    page = next(module for module in (sys.modules.get(method), sys.modules["__main__"])
+                if getattr(module, "SETTINGS", None) is settings)
     args.size, args.code = tuple(args.size), {
-        name: hashlib.sha256(read_text(os.path.join(HERE, name)).encode()).hexdigest()[:12]
-        for name in (f"{method}.py", "common.py")}
+        os.path.basename(module.__file__): running_code(module)
+        for module in (page, sys.modules[__name__])}
+    if NOTEBOOK:
+        short_errors(vars(page), words)
     first, out = (run_folder(method, args, defaults, but) for but in (not_in_first_stage, ()))
     if not args.out:
+        first, out = (apart(folder, args.data) for folder in (first, out))
         going_on = args.resume and not has_finished(out)
         folders = [unedited(folder, args.code, going_on) for folder in (first, out)]
         for note in sorted({note for _, note in folders if note}):
             say(note, sys.stderr)
         first, out = (folder for folder, _ in folders)
     args.first_stage, args.out = args.out or first, args.out or out
+    if args.precision == "auto":  # a run goes on, and its stages are trained, in one precision
+        args.precision = next((match[1] for folder in (args.out, args.first_stage)
+                               for match in in_logs(folder, r'"precision": "(\w+)"')), "auto")
     args.centre = args.centre or args.weights == "none"
     return args
 
 
 def run_folder(method, args, defaults, ignored=()):
     """-> runs/METHOD-DATA-sSEED and every flag that differs from its default and is not ignored."""
-    data = os.path.normpath(args.data).strip(os.sep + ".")  # the whole path: a/images, b/images
-    name = f"{method}-{data}-s{args.seed}"
+    name = f"{method}-{os.path.basename(os.path.normpath(args.data))}-s{args.seed}"
     ignored = NO_NUMBER.union(ignored, ("data", "seed", "stage"))
     for flag, value in vars(args).items():
         if flag not in ignored and value != getattr(defaults, flag):
@@ -1432,17 +1514,103 @@ def has_finished(folder):
     return bool(done and planned) and done[-1] == planned[1]
 
 
+def running_code(module):
+    """-> a hash of the code that runs: of the module's file or, if functions or constants were
+    replaced in memory, or the file was edited and not loaded again, as happens in a notebook, of
+    what is in memory."""
+    text = read_text(module.__file__)
+    try:
+        file = described(runpy.run_path(module.__file__, run_name="file"))
+    except Exception:  # saved in the middle of an edit
+        file = {}
+    memory = described(vars(module))
+    if {**file, **memory} != file:
+        name = os.path.basename(module.__file__)
+        say(f"note: {name} in memory differs from the file (edited after its import, or changed "
+            "here); memory is what runs. To run the file: importlib.reload, or a new kernel",
+            sys.stderr)
+        text = repr(sorted(memory.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def described(namespace):
+    """-> dict of what a module's own functions, classes and constants do, as text."""
+    own, found = ("file", "__main__", namespace["__name__"]), {}
+
+    def code(function):
+        body = inspect.unwrap(function).__code__
+        parts = [body]
+        for part in parts:  # functions within functions too
+            parts += [x for x in part.co_consts if inspect.iscode(x)]
+        constants = [[sorted(map(repr, x)) if isinstance(x, frozenset) else x
+                      for x in part.co_consts if not inspect.iscode(x)] for part in parts]
+        return repr([getattr(function, "__defaults__", None), constants,
+                     *((part.co_code, part.co_names, part.co_varnames) for part in parts)])
+
+    def constant(value):
+        if isinstance(value, dict):
+            return {key: constant(x) for key, x in value.items()}
+        if isinstance(value, tuple):
+            return [constant(x) for x in value]
+        return code(value) if inspect.isfunction(value) else value  # its repr holds an address
+    for name, value in namespace.items():
+        if inspect.isroutine(inspect.unwrap(value)) and hasattr(inspect.unwrap(value), "__code__"):
+            if value.__module__ in own:
+                found[name] = code(value)
+        elif inspect.isclass(value) and value.__module__ in own:
+            found[name] = repr([code(x) for x in vars(value).values() if inspect.isfunction(x)])
+        elif name.isupper() and name not in STATE and isinstance(
+                value, (int, float, str, tuple, dict)):
+            found[name] = repr(constant(value))
+    return found
+
+
+def short_errors(page, words):
+    """In a notebook: one line for a Problem and for an interrupt, as in a terminal."""
+    shell = sys.modules["IPython"].get_ipython()
+
+    def show(shell, kind, error, trace, **_):
+        frames = [frame.f_globals for frame, _ in traceback.walk_tb(trace)]
+        if not any(frame is page for frame in frames):
+            shell.showtraceback((kind, error, trace))
+        elif kind is Problem:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            again = [word for word in words if word != "--resume"] + ["--resume"]
+            print(f"interrupted, finished epochs are kept; go on with: main({again})",
+                  file=sys.stderr)
+    shell.set_custom_exc((Problem, KeyboardInterrupt), show)
+
+
+def apart(folder, data):
+    """-> the folder or, if it holds a run on another --data that ends alike, one beside it."""
+    found = in_logs(folder, r'"data": ("(?:[^"\\]|\\.)*")')
+    taken = found and json.loads(found[0][1]) != data
+    return f"{folder}-{hashlib.sha256(data.encode()).hexdigest()[:6]}" if taken else folder
+
+
+def in_logs(folder, pattern):
+    """-> what matches the pattern first in the log of a run and in those of its stages."""
+    logs = [os.path.join(folder, part, "log.jsonl") for part in ("", "teacher", "source/1")]
+    found = [re.search(pattern, read_text(log)) for log in logs if os.path.exists(log)]
+    return [match for match in found if match]
+
+
 def unedited(folder, code, going_on):
     """-> the folder and "" or, if it holds a run of other source code than `code`: another folder
     and a note. A run that goes on stays where it is; Log warns."""
-    logs = glob.glob(os.path.join(glob.escape(folder), "**", "log.jsonl"), recursive=True)
-    found = [re.search(r'"code": (\{[^}]*\})', read_text(log)) for log in logs]
-    edited = [file for file, mark in code.items()
-              if any(match and mark not in match[1] for match in found)]
+    found = in_logs(folder, r'"code": (\{[^}]*\})')
+    edited = [file for file, mark in code.items() if any(mark not in match[1] for match in found)]
     other = f"{folder}-{''.join(mark[:3] for mark in code.values())}"
     if not edited or going_on and not os.path.isdir(other):
         return folder, ""
     return other, f"{' and '.join(edited)} edited since the run in {folder}: this one is in {other}"
+
+
+OUT_OF_MEMORY = "(?i)" + "|".join((  # what torch says, and what its libraries say instead
+    "out of memory", "enough memory", "allocat", "bad_alloc", "alloc_failed",
+    "(cublas|cudnn|cusolver)_status_(not_initialized|internal_error)",
+    "unable to find (an engine|a valid cudnn algorithm)"))
 
 
 def run(main, resume="--resume"):
@@ -1462,9 +1630,12 @@ def run(main, resume="--resume"):
         message, code = "\ninterrupted" if not resume else (
             f"\ninterrupted, finished epochs are kept; go on with: {LAUNCH} {words}"), 130
     except (MemoryError, RuntimeError) as error:  # torch raises the latter
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
+        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
-        message, code = "out of memory (lower --batch-size or --size, or a smaller --arch)", 2
+        words = str(error).partition("\n")[0][:90]
+        message, code = "out of memory" + f", it seems: {words}" * bool(words) + (
+            " (lower --batch-size or --size, choose a smaller --arch, or keep less of a batch: "
+            "--recompute, with larger --bn-splits)" if resume else " (say --device cpu)"), 2
     finally:
         for log in LOCKS.values():
             log.close()
@@ -1489,7 +1660,26 @@ def pick_device(name):
     if not have[name]:
         raise Problem(f"--device {name}: this PyTorch sees none (say --device cpu, or install a "
                       "PyTorch built for it)")
-    return join_ranks(torch.device(name))
+    device = join_ranks(torch.device(name))
+    if device.type == "cuda":
+        check_kernels(device)
+    return device
+
+
+def check_kernels(device):
+    """Raises Problem for a GPU for which this PyTorch holds no kernels, its own (sm_75) or what the
+    driver translates (compute_75). Else is_available() is True, but the first operation fails."""
+    archs, capability = torch.cuda.get_arch_list(), torch.cuda.get_device_capability(device)
+    for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(archs)):
+        built = int(major), int(minor)
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return
+    if any(arch.startswith("sm_") for arch in archs):  # AMD's have other names
+        raise Problem(f"{torch.cuda.get_device_name(device)} has compute capability "
+                      f"{capability[0]}.{capability[1]}, but this PyTorch is built for "
+                      f"{', '.join(archs)} (say --device cpu, or install the build for it: older "
+                      "cards need that of CUDA 12.6, pip install torch torchvision --index-url "
+                      "https://download.pytorch.org/whl/cu126)")
 
 
 def seed_everything(seed):
@@ -1517,6 +1707,8 @@ def check_features(*features):
 # ========================================================================== E logs and checkpoints
 
 FORMAT = 4  # of last.pt; files of another format are refused
+RESERVED = {"path", "arrays", "clashing", "format", "parts", "pooling", "epoch", "scores", "images",
+            "files", "lines", "seconds"}  # what last.pt holds besides flags and kept values
 LOCKS = {}  # path -> open log of this process
 
 
@@ -1572,7 +1764,8 @@ class Log:
             self.start, self.lines = self.start - state["seconds"], state["lines"]
             from_rank_0(self._write)
             if state["epoch"] == self.total:
-                self._check_data("source" if epochs == "source_epochs" else "data", state)
+                if "code" not in free:
+                    self._check_data("source" if epochs == "source_epochs" else "data", state)
                 self.finished = state
                 say(f"{folder}: finished before on {state['images']:,} images, nothing to do"
                     + in_words(state["scores"]))
@@ -1642,7 +1835,7 @@ class Log:
         """Raises Problem if the data set of a finished run has other images now. If it is not there
         any more, the run is shown all the same."""
         try:
-            train, *_ = load(self.args[flag], self.args["root"], draw=False)
+            train, *_ = load(self.args[flag], self.args["root"], 1, True, self.args["quick"])
         except Problem:
             return
         self._check_files(train, state)
@@ -1657,14 +1850,15 @@ class Log:
         """--resume: load the checkpoint's state into `parts`: modules, optimisers and generators.
 
         train: the Split that is trained on. -> dict of the rest: epoch, the number of finished
-        epochs, and what epoch() was told to keep; {} in a new run. Tensors come back as arrays.
-        Raises Problem if a part or the names of the images do not fit.
+        epochs, and what epoch() was told to keep, arrays as arrays; {} in a new run. Raises Problem
+        if a part or the names of the images do not fit.
         """
         self.files = names_of(train)
         state, self.state = self.state, None
         if not state:
             return {}
         self._check_files(train, state)
+        state.update(state.pop("clashing"))
         try:
             for name, part in parts.items():
                 load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
@@ -1672,7 +1866,7 @@ class Log:
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise Problem(f"{self.folder} cannot be resumed: its last.pt holds no fitting {name} "
                           "(choose another --out)") from error
-        return {key: value.numpy() if torch.is_tensor(value) else value
+        return {key: value.numpy() if key in state["arrays"] else value
                 for key, value in state.items()}
 
     def steps(self, batches, title, iters):
@@ -1710,6 +1904,10 @@ class Log:
                       if value not in (None, {}))
         self.lines.append(json.dumps(dict(record, seconds=round(seconds, 2))) + "\n")
         if keep:
+            taken = RESERVED.intersection(keep)
+            if taken:
+                raise Problem(f"keep={', '.join(taken)}: last.pt holds something else of that name "
+                              "(call it otherwise)")
             model = keep["model"]
             state = {name: value.get_state() if isinstance(value, torch.Generator) else
                      torch.from_numpy(value) if isinstance(value, np.ndarray) else
@@ -1718,9 +1916,13 @@ class Log:
             if not all(value.isfinite().all() for value in tensors_in(state)):
                 raise Problem(f"{title}: weights are not finite, training diverged (lower --lr; "
                               "the last good epoch is kept)")
+            clashing = {name: state.pop(name) for name in list(state)
+                        if name in self.args}  # named like a flag
             from_rank_0(
                 save_checkpoint, os.path.join(self.folder, "last.pt"), **self.args, **state,
-                format=FORMAT, parts=model.parts, pooling=model.pooling, epoch=epoch,
+                arrays=[name for name, value in keep.items() if isinstance(value, np.ndarray)],
+                clashing=clashing, format=FORMAT, parts=model.parts, pooling=model.pooling,
+                epoch=epoch,
                 scores=scores or {}, images=len(keep["labels"]), files=self.files, lines=self.lines,
                 seconds=seconds)
         from_rank_0(self._write)
@@ -1841,12 +2043,13 @@ def load_checkpoint(path, keys=()):
 def load_run(path, *keys):
     """-> the dict of a run's last.pt. Raises Problem for any other file."""
     kinds = dict(format=int, model=dict, arch=str, parts=int, pooling=str, size=tuple, data=str,
-                 root=str, epoch=int, epochs=int, scores=dict, lines=list, seconds=float, bf16=bool,
-                 fp32=bool, images=int, files=str, code=dict)
+                 root=str, epoch=int, epochs=int, scores=dict, lines=list, seconds=float,
+                 precision=str, images=int, files=str, code=dict, arrays=list, clashing=dict)
     state = load_checkpoint(path, (*kinds, *keys))
     if not (all(isinstance(state[key], kind) for key, kind in kinds.items())
             and state["format"] == FORMAT and state["arch"] in ARCHS
             and state["parts"] in range(9) and state["pooling"] in ("gem", "avg")
+            and state["precision"] in PRECISIONS
             and all(type(line) is str for line in state["lines"]) and len(state["size"]) == 2
             and all(type(side) is int and 32 <= side <= 2048 for side in state["size"])):
         raise Problem(f"{path} was not written by these pages (choose another file, or --out)")
@@ -1981,18 +2184,20 @@ def forward(model, images, splits, inside=False):
 @contextlib.contextmanager
 def statistics_of_all(model, splits):
     """In this context each rank forwards its chunks; then the running statistics r of batch norms
-    are those of one process: r <- .9 r + .1 s for all chunks in order. This is a sum over chunks,
-    so each rank starts from its share of r and decays it for others' chunks; then all are added."""
+    are those of one process: r <- (1 - m) r + m s for all chunks in order, m: their momentum. This
+    is a sum over chunks, so each rank starts from its share of r and decays it for others' chunks;
+    then all are added."""
     norms = [x for x in model.modules() if isinstance(x, (nn.BatchNorm1d, nn.BatchNorm2d))]
     norms = norms if TORCHRUN and model.training else []
-    running = [x.data for norm in norms for x in (norm.running_mean, norm.running_var)]
+    running = [(x.data, 1 - norm.momentum) for norm in norms
+               for x in (norm.running_mean, norm.running_var)]
     share = splits // RANKS
-    for x in running:
-        x.mul_(.9 ** (share * RANK) / RANKS)
+    for x, decay in running:
+        x.mul_(decay ** (share * RANK) / RANKS)
     yield
-    for x in running:
-        x.mul_(.9 ** (splits - share * (RANK + 1)))
-    add_ranks(running)
+    for x, decay in running:
+        x.mul_(decay ** (splits - share * (RANK + 1)))
+    add_ranks([x for x, _ in running])
     for norm in norms:
         norm.num_batches_tracked += splits - share
 

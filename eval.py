@@ -3,7 +3,7 @@
   python eval.py runs/ccsd-toy-s0                          on the data set of the run
   python eval.py runs/ccsd-toy-s0 --data toy-source        on any other
   python eval.py runs/ccsd-market1501-s0 --rerank --json   k-reciprocal re-ranking; one line of JSON
-  python eval.py runs/ccsd-toy-s0 --report                 writes runs/ccsd-toy-s0/report.html
+  python eval.py runs/ccsd-toy-s0 --report                 an epoch in pictures, curves, rankings
   python eval.py runs/a runs/b --report ab.html            curves of several runs in one plot
   python eval.py runs/ccsd-toy-s0 --pairs A.jpg B.jpg      similarity of two images
   python eval.py runs/ccsd-toy-s0 --save-features F.npz    features, paths, pids, cams, split
@@ -163,9 +163,11 @@ def load_data(run, args):
 
 
 def prepare(model, state, device):
-    """-> the network on the device, with the precision of the run, if the device has that."""
-    bf16 = state["bf16"] and not (device.type == "cpu" and common.cpu_has_bfloat16() is False)
-    return model.on(device, argparse.Namespace(bf16=bf16, fp32=state["fp32"], recompute=False))
+    """-> the network on the device, with the precision of the run, if the device has that; fp16
+    on a CPU is for tests, fp32 is faster there."""
+    wanted = "fp32" if device.type == "cpu" and state["precision"] == "fp16" else state["precision"]
+    flags = argparse.Namespace(precision=common.precision(device, wanted), recompute=False)
+    return model.on(device, flags)
 
 
 def first_stage(run, flag, name):
@@ -249,7 +251,8 @@ def about(run, scores):
     for name, fact in (
             ("Data", f"{run.data}, {len(run.train.paths):,} training images"),
             ("Network", f"{state['arch']}, images of {state['size'][0]} x {state['size'][1]}"),
-            ("Training", f"{run.stand}, {state['seconds']:,.0f} s on {header.get('device')}"),
+            ("Training", f"{run.stand}, {state['seconds']:,.0f} s on {header.get('device')} "
+             f"in {state['precision']}"),
             ("Versions", f"code {header.get('commit')}, torch {header.get('torch')}")):
         text += f"<p><b>{name}</b> {html.escape(fact)}</p>"
     flags = (f"<span>{html.escape(words)}</span> " for words in run.flags.values())
@@ -265,6 +268,7 @@ def draw_run(run, features, images, device):
     ours = ours and run.state["files"] == common.names_of(run.train)
     ours = ours and torch.is_tensor(labels) and labels.shape == (len(run.train.paths),)
     ours = ours and labels.max() >= 0
+    cameras = [report.camera(run.train, v) for v in range(len(run.train.camera_names))]
     labels = labels.numpy() if ours else None
     known = bool((run.train.pids >= 0).any())
     for line in run.log:
@@ -282,13 +286,14 @@ def draw_run(run, features, images, device):
         pids, cams = (np.concatenate(both) for both in zip(run.query[1:3], run.gallery[1:3]))
         index = report.choose(np.where(pids > 0, pids, -1), cams)  # distractors have no id
         chosen = torch.cat(features)[index].cpu().numpy()
-        parts["t-SNE"] = report.t_sne(chosen, pids[index], cams[index], "person")
+        parts["t-SNE"] = report.t_sne(chosen, pids[index], cams[index], "person", cameras)
     elif labels is not None:
         index = report.choose(labels, run.train.cams)
         chosen = common.Split([run.train.paths[i] for i in index], None, None)
         chosen = common.read_images(chosen, *run.state["size"])
         chosen = common.global_features(run.model, chosen).cpu().numpy()
-        parts["t-SNE"] = report.t_sne(chosen, labels[index], run.train.cams[index], "cluster")
+        parts["t-SNE"] = report.t_sne(chosen, labels[index], run.train.cams[index], "cluster",
+                                      cameras)
     return report.page(f"Report of {run.folder}", parts)
 
 
@@ -311,10 +316,11 @@ def test_figures(run, features, images):
     ranked = {name: rank_queries(both, *test) for name, both in networks.items()}
     ranks = {name: np.array([round(1 / r["precision"][0]) for r in queries])
              for name, queries in ranked.items()}
-    last, cameras = ranked["after training"], 1 + max(split.cams.max() for split in test)
+    last, count = ranked["after training"], 1 + max(split.cams.max() for split in test)
+    cameras = [report.camera(run.query, v) for v in range(count)]
     return dict(zip(TEST_FIGURES, (
         note + report.similarity(counts),
-        report.heat_table(*by_camera_pair(last, run.query, cameras)),
+        report.heat_table(*by_camera_pair(last, run.query, count), cameras),
         report.match_curve(ranks), report.ranking_lists(last, *test))))
 
 
@@ -392,13 +398,15 @@ def write(path, content):
 
 
 def save_features(run, path):
-    """Write the features of all images of the data set, with their paths and ids."""
+    """Write the features of all images of the data set, with their paths and ids, and their cameras
+    as files and folders call them."""
     kept, file = [], io.BytesIO()
     for kind, split in zip(common.KINDS, (run.train, run.query, run.gallery)):
         if split.paths:
             images = common.read_images(split, *run.state["size"])
             features = common.global_features(run.model, images).cpu().numpy()
-            kept.append((features, *split[:3], [kind] * len(images)))
+            cams = np.array(split.camera_names)[split.cams]
+            kept.append((features, split.paths, split.pids, cams, [kind] * len(images)))
     names = ("features", "paths", "pids", "cams", "split")
     np.savez(file, **{name: np.concatenate(part) for name, part in zip(names, zip(*kept))})
     write(path, file.getvalue())

@@ -98,9 +98,7 @@ def get_args(argv=None):
     if args.teacher and args.stage == "teacher":
         raise common.Problem("--teacher names a finished teacher, so --stage teacher has nothing "
                              "to do (leave one of them out)")
-    if math.ceil(args.size[0] / 16) % 2:
-        raise common.Problem(f"--size {args.size[0]}: the network's map has an odd number of rows, "
-                             "so no equal halves (make the height a multiple of 32)")
+    common.check_stripes(args.size[0], common.map_rows(args.arch, args.size), 2)
     return args
 
 
@@ -120,8 +118,8 @@ def mixed_distance(views, k1, l1):
             similarity = common.jaccard_distance(features, k1)
             similarity.data = weight * (1 - similarity.data)
             mixed = mixed + similarity
-    mixed.data = (1 - mixed.data).clip(0)
-    return mixed
+    mixed.data = 1 - mixed.data
+    return common.zeros_on_diagonal(mixed)
 
 
 def view_losses(f, memory, k, temp):
@@ -176,9 +174,10 @@ def main(argv=None):
 
 def train_stage(args, stage, out, teacher_folder=None):
     """Train one stage and write it to `out` -> the scores of its last evaluation."""
+    device = common.pick_device(args.device)
+    args.precision = common.precision(device, args.precision)
     args = copy.copy(args)
     args.stage = stage  # for the checkpoint
-    device = common.pick_device(args.device)
     log = common.Log(out, device, args, free=STUDENT_FLAGS if stage == "teacher" else ())
     if log.finished:
         return log.finished["scores"]
@@ -195,11 +194,12 @@ def train_stage(args, stage, out, teacher_folder=None):
                              "written for three views (edit them together)")
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY,
                                  fused=device.type == "cuda")
-    state = dict(generator=generator, model=model, optimizer=optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    state = dict(generator=generator, model=model, optimizer=optimizer, scaler=scaler)
     resumed = log.restore(train, **state)
     labels = resumed.get("labels")
     if not resumed:  # a new run
-        log.epoch("start", scores=common.test(model, test_set))
+        log.epoch("start", scores={} if args.quick else common.test(model, test_set))
         if from_scratch:  # W
             common.warm_up(model, images, cams, generator, args.warm_up)
             log.epoch("warmed up", scores=common.test(model, test_set))
@@ -256,9 +256,10 @@ def train_stage(args, stage, out, teacher_folder=None):
             factor = .1 ** (turn // args.lr_drop) if args.lr_drop else cosine
             optimizer.param_groups[0]["lr"] = args.lr * factor
             optimizer.zero_grad()
-            loss.backward()
+            scaler.scale(loss).backward()
             common.average_gradients(optimizer)  # of several GPUs; does nothing on one
-            optimizer.step()
+            scaler.step(optimizer)  # in fp16, a step whose gradients overflow is skipped
+            scaler.update()
 
             # 5g momentum update of the memories, so that they keep up with the network
             if not first_round:

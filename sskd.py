@@ -105,10 +105,10 @@ def get_args(argv=None):
 
 def adaptive_eps(distance, rho):
     """Step 2: mean of the smallest share `rho` of all distances between two images. Sparse (N, N):
-    a pair that is not stored has distance 1. Duplicates, at 0 up to rounding, do not count."""
+    a pair that is not stored has distance 1. Duplicates do not count."""
     n, row = distance.shape[0], common.per_entry(np.arange(distance.shape[0]), distance)
     stored = distance.data[row < distance.indices]
-    distinct = np.sort(stored[stored > 1e-6])
+    distinct = np.sort(stored[stored > common.DUPLICATE])
     count = max(1, round(rho * (n * (n - 1) // 2 - (len(stored) - len(distinct)))))
     return float((distinct[:count].sum(dtype=np.float64) + max(0, count - len(distinct))) / count)
 
@@ -175,12 +175,12 @@ def train_source(args, i, device, images):
     if args.sources and not os.path.exists(path):
         raise common.Problem(f"no source network in {folder} (" + "lower --nets, or " * (i > 1)
                              + "name an OUT/source)")
-    free = (*TARGET_FLAGS, "seed", "code") if args.sources else TARGET_FLAGS
+    free = (*TARGET_FLAGS, "seed", "code", "precision") if args.sources else TARGET_FLAGS
     log = common.Log(folder, device, args, "source_epochs", free)
     if log.finished:
         return path
     generator = common.seed_everything((9 * args.seed + i) % 2**32)
-    source, _, _ = common.load(args.source, args.root, args.batch_size)
+    source, *_ = common.load(args.source, args.root, args.batch_size, True, args.quick)
     source_images = common.place(common.read_images(source, *args.size), device)
     labels = common.renumber(source.pids)
     if labels.min() < 0 or np.bincount(labels).max() < 2:
@@ -190,7 +190,9 @@ def train_source(args, i, device, images):
     classifier = torch.nn.Linear(model.width, labels.max() + 1, bias=False).to(device)
     optimizer = torch.optim.Adam([*model.parameters(), *classifier.parameters()], args.lr,
                                  weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
-    state = dict(generator=generator, model=model, classifier=classifier, optimizer=optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    state = dict(generator=generator, model=model, classifier=classifier, optimizer=optimizer,
+                 scaler=scaler)
     resumed = log.restore(source, **state)
     P, K = args.batch_size // args.num_instances, args.num_instances  # people, images of each
     model.train()
@@ -211,9 +213,10 @@ def train_source(args, i, device, images):
             loss = (F.cross_entropy(z, k, label_smoothing=SMOOTHING)
                     + multi_similarity_loss(pooled, k) + 2 * nuclear_norm_loss(z))  # [code]
             optimizer.zero_grad()
-            loss.backward()
+            scaler.scale(loss).backward()
             common.average_gradients(optimizer)  # of several GPUs; does nothing on one
-            optimizer.step()
+            scaler.step(optimizer)  # in fp16, a step whose gradients overflow is skipped
+            scaler.update()
             means.add(source=loss)
         losses = means.values(epoch + 1)
         log.epoch(title, losses=losses, epoch=epoch + 1, keep=dict(state, labels=labels))
@@ -223,6 +226,7 @@ def train_source(args, i, device, images):
 def main(argv=None):
     args = get_args(argv)
     device = common.pick_device(args.device)
+    args.precision = common.precision(device, args.precision)
     log = common.Log(args.out, device, args)
     if log.finished:
         return log.finished["scores"]
@@ -235,11 +239,12 @@ def main(argv=None):
     generator = common.seed_everything(args.seed)  # gives the same run with sources trained earlier
     students = torch.nn.ModuleList(common.load_encoder(path)[0].on(device, args) for path in paths)
     slow = copy.deepcopy(students).requires_grad_(False)  # students: M_1..M_n; slow: E_1..E_n
-    state = dict(generator=generator, students=students, slow=slow)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    state = dict(generator=generator, students=students, slow=slow, scaler=scaler)
     resumed = log.restore(train, **state)
     labels, radius = resumed.get("labels"), resumed.get("radius")
     if not resumed:  # a new run
-        log.epoch("source only", scores=common.test(slow[0], test_set))
+        log.epoch("source only", scores={} if args.quick else common.test(slow[0], test_set))
 
     for epoch in range(resumed.get("epoch", 0), args.epochs):
         # ---- 1 features: the mean of the slow copies
@@ -304,13 +309,14 @@ def main(argv=None):
 
                 # 5f total loss of each network, then one step of all
                 loss = args.id * L_id + args.soft * L_soft + args.ms * L_ms + args.nuc * L_nuc
-                loss.backward()  # D2
+                scaler.scale(loss).backward()  # D2
                 means.add(id=L_id, soft=L_soft, ms=L_ms, nuc=L_nuc)
             cosine = .5 + .5 * math.cos(math.pi * (epoch + step / args.iters) / args.epochs)
             factor = .1 ** (epoch // args.lr_drop) if args.lr_drop else cosine
             optimizer.param_groups[0]["lr"] = args.lr * factor
             common.average_gradients(optimizer)  # of several GPUs; does nothing on one
-            optimizer.step()
+            scaler.step(optimizer)  # in fp16, a step whose gradients overflow is skipped
+            scaler.update()
 
             # 5g the slow copies follow, which averages out the noise of single steps
             alpha_t = min(1 - 1 / (epoch * args.iters + step + 1), args.alpha)

@@ -29,7 +29,9 @@ from scipy import stats
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP, RESULTS = os.path.dirname(HERE), os.path.join(HERE, "results.jsonl")
-sys.path.insert(0, TOP)  # for the pages
+sys.path.insert(0, TOP)  # for common.py
+import common  # noqa: E402
+
 TEXTS = os.path.join(TOP, "README.md"), os.path.join(HERE, "RESULTS.md")  # with tables
 TEN, THREE = range(10), range(3)
 ALPHA = .05  # the chance of a wrong verdict anywhere in the table, if no claim were true
@@ -58,10 +60,14 @@ class Table(NamedTuple):
 
 
 SMALL = ("--data market1501 --arch resnet18-layer3 --size 128 64 --epochs {0} --iters {1} "
-         "--batch-size 64 --num-instances 4 --bn-splits 1 --bf16 --lr-drop 0 --eval-every {2}")
+         "--batch-size 64 --num-instances 4 --bn-splits 1 --precision bf16 --lr-drop 0 "
+         "--eval-every {2}")
 CPU, HOUR = SMALL.format(20, 100, 20), SMALL.format(40, 200, 40)
 PAIR = ("--source {} --data {} --arch resnet18-layer3 --size 96 48 --source-epochs 10 "
         "--epochs 10 --iters 200{} --bn-splits 1{} --lr-drop 0 --eval-every 10")
+FROM_CUHK03 = ("--source cuhk03 --data market1501 --arch resnet18-layer3 --size 128 64 "
+               "--precision bf16 --source-epochs 10 --epochs {0} --iters 100 --nets {1} "
+               "--bn-splits 1 --lr-drop 0 --eval-every {0}")
 CCSD = {
     "baseline (ClusterContrast)": Row("--refine none"),
     "+ split": Row("--kd 0 --cross 0", "baseline (ClusterContrast)"),
@@ -132,10 +138,32 @@ TABLES = {
         }.items()}, CPU, True),
     "ccsd-hour": Table("ccsd.py", {
         "40 epochs, eps = .5": Row(f"{HOUR} --eps .5 --centre", seeds=THREE),
-        "the same in float32, seed 1": Row(f"{HOUR.replace(' --bf16', '')} --eps .5 --centre",
-                                           seeds=(1,)),
-        "30 epochs, eps = .6": Row(f"{SMALL.format(30, 200, 30)} --centre", seeds=range(1))},
+        "the same in float32, seed 1": Row(
+            f"{HOUR.replace(' --precision bf16', '')} --eps .5 --centre", seeds=(1,)),
+        "30 epochs, eps = .6": Row(f"{SMALL.format(30, 200, 30)} --centre", seeds=range(1)),
+        "ClusterContrast, cameras centred": Row(f"{HOUR} --eps .5 --centre --refine none",
+                                                seeds=THREE)},
                        real=True),
+    "mskd-hour": Table("mskd.py", {
+        "20 epochs a stage": Row(f"{CPU} --eps .5 --centre", seeds=THREE),
+        "short teacher, 8 x 100 steps": Row(
+            f"{SMALL.format(8, 100, 8)} --eps .5 --centre --stage teacher", seeds=range(1)),
+        "short teacher, 5 x 200 steps": Row(
+            f"{SMALL.format(5, 200, 5)} --eps .5 --centre --stage teacher",
+            "short teacher, 8 x 100 steps", range(1))}, real=True),
+    "sskd-hour": Table("sskd.py", {
+        "two networks": Row(f"{FROM_CUHK03.format(20, 2)} --eps .5 --centre --alpha .995",
+                            seeds=THREE),
+        "one network": Row(f"{FROM_CUHK03.format(20, 1)} --eps .5 --centre --alpha .995 "
+                           "--sources {two networks}/source", "two networks", THREE),
+        "short": Row(f"{FROM_CUHK03.format(6, 1)} --rho 4e-4", seeds=range(1)),
+        "short, centred": Row(f"{FROM_CUHK03.format(6, 1)} --rho 4e-4 --centre "
+                              "--sources {short}/source", "short", range(1)),
+        "short, centred, eps": Row(f"{FROM_CUHK03.format(6, 1)} --eps .5 --centre "
+                                   "--sources {short}/source", "short, centred", range(1)),
+        "short, centred, eps, alpha": Row(
+            f"{FROM_CUHK03.format(6, 1)} --eps .5 --centre --alpha .98 --sources {{short}}/source",
+            "short, centred, eps", range(1))}, real=True),
     "mskd-market": Table("mskd.py", {name: row._replace(seeds=THREE) for name, row in MSKD.items()},
                          SMALL.format(20, 100, 5), True),
     "sskd-market": Table("sskd.py", {
@@ -150,7 +178,8 @@ TABLES = {
         "one view for all networks": Row(f"{SOURCES} --shared-view", "default", range(1)),
         "one view without soft labels": Row(f"{SOURCES} --shared-view --soft 0",
                                             "one view for all networks", range(1))},
-                         PAIR.format("cuhk03", "market1501", " --bf16", " --rho 4e-4"), True),
+                         PAIR.format("cuhk03", "market1501", " --precision bf16", " --rho 4e-4"),
+                         True),
     "sskd-halves": Table("sskd.py", {
         "one network": Row("--nets 1", seeds=range(1)),
         "one network, rho of the real pair": Row(
@@ -211,9 +240,8 @@ def command(name, row, seed):
 
 
 def bf16_left_out(words):
-    """Would the page run in float32, although its command names --bf16?"""
-    page = importlib.import_module(words[0].removesuffix(".py"))
-    return "--bf16" in words and not page.get_args(words[1:]).bf16
+    """Would the page not run in bfloat16 here, although its command names it?"""
+    return "bf16" in words and common.precision(common.pick_device("auto"), "bf16") != "bf16"
 
 
 def read_results():
@@ -282,7 +310,7 @@ def run_table(name, more):
                 if not needed or harvest(name, row, seed):
                     return
         if bf16_left_out(words):
-            print(f"{row}, seed {seed}: not run, because --bf16 would be left out on this CPU")
+            print(f"{row}, seed {seed}: not run, because there is no bfloat16 on this machine")
             return
         out = os.path.join(TOP, folder(name, row, seed))
         os.makedirs(out, exist_ok=True)

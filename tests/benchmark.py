@@ -143,8 +143,9 @@ STEPS = {  # network, height, width, batch, chunks for batch norm
     "toy": ("small", 96, 48, 64, 1), "paper": ("resnet50", 256, 128, 256, 4),
     "resnet18": ("resnet18", 256, 128, 256, 4)}
 VARIANTS = {  # what to try on a step: flags of the pages, cudnn.benchmark, mode of torch.compile;
-    # --fp32 may use TF32 in convolutions, but not in the product that it is compared with
-    "as the pages do": {}, "--fp32": dict(fp32=True), "--bf16": dict(bf16=True),
+    # fp32 may use TF32 in convolutions, but not in the product that it is compared with
+    "as the pages do": {}, "--precision fp32": dict(precision="fp32"),
+    "--precision bf16": dict(precision="bf16"), "--precision fp16": dict(precision="fp16"),
     "--recompute": dict(recompute=True), "cudnn.benchmark": dict(cudnn=True),
     "torch.compile": dict(mode="default"), "compiled, CUDA graphs": dict(mode="reduce-overhead")}
 PARTS = ("augment", "forward", "loss", "backward", "optimiser", "memory")
@@ -156,11 +157,13 @@ def measure_step(kind, device, mode=None, cudnn=False, **flags):
     device, generator = torch.device(device), common.seed_everything(0)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn, not cudnn
     images = torch.randint(256, (b, 3, height, width), dtype=torch.uint8).to(device)
-    flags = dict(dict(bf16=False, fp32=False, recompute=False), **flags)
+    flags = dict(dict(precision="auto", recompute=False), **flags)
+    flags["precision"] = common.precision(device, flags["precision"])
     model = common.Encoder(arch, "none").on(device, argparse.Namespace(**flags))
     if mode:
         model.backbone.compile(mode=mode)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=model.precision == "fp16")
     means = F.normalize(torch.randn(700, model.width)).to(device)
     y = torch.arange(b, device=device) // 16
     before = reset_peak() if device.type != "cuda" else 0
@@ -177,9 +180,10 @@ def measure_step(kind, device, mode=None, cudnn=False, **flags):
         loss = F.cross_entropy(f @ means.T / .05, y)
         lap("loss")
         optimizer.zero_grad()
-        loss.backward()
+        scaler.scale(loss).backward()
         lap("backward")
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         lap("optimiser")
         common.update_memory(means, f.detach(), y, .1, 16)
         lap("memory")
@@ -212,7 +216,8 @@ def measure_step(kind, device, mode=None, cudnn=False, **flags):
     common.extract_features(model, some)
     seen = time_of(lambda: common.extract_features(model, some), 1)
     side = 8192 if device.type == "cuda" else 2048
-    square = torch.randn(side, side, device=device, dtype=torch.bfloat16 if model.bf16 else None)
+    kind = dict(bf16=torch.bfloat16, fp16=torch.float16).get(model.precision)
+    square = torch.randn(side, side, device=device, dtype=kind)
     square @ square
     rate = 2 * side ** 3 / min(time_of(lambda: square @ square, 3) for _ in range(3))
     return dict(steps=b / seconds, flop=counter.get_total_flops() / b, rate=rate, MiB=peak,
@@ -222,7 +227,8 @@ def measure_step(kind, device, mode=None, cudnn=False, **flags):
 
 def report_step(kind, device):
     """A table of variants, and what 50 epochs of 200 batches of Market-1501 would take."""
-    skip = {"cuda": ("--bf16",), "cpu": ("--fp32", "cudnn.benchmark", "compiled, CUDA graphs")}
+    skip = {"cpu": ("--precision fp32", "--precision fp16", "cudnn.benchmark",
+                    "compiled, CUDA graphs")}
     row(f"{kind}, {device}", "images a second", "ratio", "TFLOP/s", "of the product of matrices",
         "peak MiB", "extraction, images a second")
     row(*["---"] * 7)

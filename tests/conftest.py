@@ -2,6 +2,7 @@
 what several tests need to run, to watch and to read a program.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toy
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -87,7 +89,8 @@ def checkpoint(path, **values):
     model = common.Encoder("small", "none").state_dict()
     about = dict(model=model, arch="small", parts=0, pooling="gem", size=(96, 48), data="toy",
                  root="data", epoch=1, epochs=2, scores={}, lines=[], seconds=1., images=9,
-                 files="", bf16=False, fp32=False, code={}, format=common.FORMAT)
+                 files="", precision="fp32", code={}, arrays=[], clashing={},
+                 format=common.FORMAT)
     common.save_checkpoint(str(path), **{**about, **values})
 
 
@@ -120,14 +123,70 @@ def double(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def same_loss(fast, slow, x, atol=1e-9, rtol=1e-9):
-    """Two functions of x have equal values, and equal gradients that are not all 0."""
+def close(a, b, what, **more):
+    """Two tensors are close; where they are not, the test says `what`, in the paper's words."""
+    torch.testing.assert_close(a, b, **more, msg=lambda numbers: f"{what}\n{numbers}")
+
+
+def same_loss(what, fast, slow, x, atol=1e-9, rtol=1e-9):
+    """Two functions of x have equal values, and equal gradients that are not all 0. what: the name
+    of the loss and what it is."""
     a, b = (x.clone().requires_grad_() for _ in range(2))
     values = fast(a), slow(b)
+    close(*values, f"another value than {what}", atol=atol, rtol=0, check_dtype=False)
+    assert values[0].requires_grad, f"no gradient reaches the student from {what}"
     ga, gb = (torch.autograd.grad(value, at)[0] for value, at in zip(values, (a, b)))
-    torch.testing.assert_close(*values, atol=atol, rtol=0, check_dtype=False)
-    torch.testing.assert_close(ga, gb, atol=atol, rtol=rtol)
+    close(ga, gb, f"the value of {what}, but another gradient", atol=atol, rtol=rtol)
     assert ga.abs().sum() > 0
+
+
+@contextlib.contextmanager
+def permuted_ids(folder):
+    """In this context, the training people of `folder`, the only one that may be loaded, have
+    permuted ids, and batches may not be drawn by them."""
+    load, draw_batches, wrong = common.load, common.pk_batches, []
+
+    def permuted(name, *args):
+        train, query, gallery = load(name, *args)
+        assert name == str(folder), "the finished sources need no data set, but one is read"
+        wrong.append(np.random.default_rng(0).permutation(train.pids))
+        return train._replace(pids=wrong[-1]), query, gallery
+
+    def by_labels(labels, *args):
+        assert (common.renumber(labels) != common.renumber(wrong[-1])).any(), (
+            "batches are drawn by the true ids, which no step may use; step 5 draws them by the "
+            "pseudo labels of step 2, where -1 is an outlier and in no batch")
+        return draw_batches(labels, *args)
+    with pytest.MonkeyPatch.context() as only:
+        only.setattr(common, "load", permuted)
+        only.setattr(common, "pk_batches", by_labels)
+        yield
+
+
+def same_weights(a, b, what):
+    """Two networks (state dicts) are equal to the last bit; if not, the test says `what`."""
+    other = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not other, f"{what}: {len(other)} of {len(a)} tensors differ, {other[:3]}"
+
+
+def first_scale(monkeypatch, scale):
+    """From now on gradient scalers start with this scale -> list of them."""
+    made, kind = [], torch.amp.GradScaler
+
+    def scaler(device, enabled):
+        made.append(kind(device, init_scale=scale, enabled=enabled))
+        return made[-1]
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    return made
+
+
+@pytest.fixture
+def two_layers(monkeypatch):
+    """--arch small has two convolutions: CPUs are slow in fp16."""
+    def backbone(weights):
+        return nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.BatchNorm2d(16), nn.ReLU(),
+                             nn.Conv2d(16, 256, 4, 4), nn.BatchNorm2d(256))
+    monkeypatch.setattr(common, "small_backbone", backbone)
 
 
 @pytest.fixture

@@ -44,7 +44,8 @@ svg {display: block; max-width: 540px; fill: var(--ink); font: 12px system-ui, s
 font-size: 1em}
 .lesson .grid {gap: 8px 16px;
 grid-template-columns: repeat(auto-fit, minmax(min(100%, 334px), 1fr))}
-.lesson .strip > div {width: 62px; font-size: 11px} .lesson .strip img {width: 62px; height: 116px;
+.lesson .strip > div {display: flex; flex-direction: column; width: 62px; font-size: 11px}
+.lesson img + .bar {margin-top: auto} .lesson .strip img {width: 62px; height: 116px;
 border-width: 3px} .half .strip img, .lesson .half .strip img {height: 64px}
 .batch {gap: 10px 18px} .batch div {max-width: 100%; font: 13px/1.25 system-ui, sans-serif}
 .batch img {display: block; width: auto; max-width: 100%; height: auto; border: 0}
@@ -58,11 +59,12 @@ border: 4px solid var(--rule)} .query img, .this img {border-color: var(--ink)}
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
 
-def figure(title, body, see, look):
-    """A figure and its two sentences: what one sees, what to look for. All of it is HTML."""
+def figure(title, body, see, look, above=False):
+    """A figure and its two sentences, below or above it: what one sees, what to look for. All of it
+    is HTML."""
     title = f"<h3>{title}</h3>" * bool(title)
-    return (f"<figure>{title}{body}<figcaption><p>{see}</p><p><b>Look for</b> {look}</p>"
-            "</figcaption></figure>")
+    caption = f"<figcaption><p>{see}</p><p><b>Look for</b> {look}</p></figcaption>"
+    return f"<figure>{title}{caption + body if above else body + caption}</figure>"
 
 
 def grid(figures):
@@ -137,10 +139,11 @@ def scatter(label, points, groups, names=()):
     low, high = points.min(0), points.max(0)
     places = 10 + (points - low) / np.maximum(high - low, 1e-9) * 340
     parts = [mark(g, x, y, 3) for g, (x, y) in zip(groups, places)]
+    columns = min(6, 348 // (22 + 7 * max(map(len, names), default=1)) or 1)
     for g, name in enumerate(names):
-        x, y = 12 + g % 6 * 58, 378 + g // 6 * 20
+        x, y = 12 + g % columns * 348 // columns, 378 + g // columns * 20
         parts.append(f'{mark(g, x, y)}<text x="{x + 10}" y="{y + 4}">{name}</text>')
-    return svg(label, 366 + 20 * math.ceil(len(names) / 6), parts)
+    return svg(label, 366 + 20 * math.ceil(len(names) / columns), parts)
 
 
 def jpeg(picture):
@@ -168,6 +171,12 @@ def shot(path, words, kind="", below="", part=(0, 1)):
             f'src="{thumbnail(path, part)}">{sign}{words}{below}</div>')
 
 
+def camera(split, v):
+    """Camera v of a Split, as its files and folders call it: c7, cam_left."""
+    name = split.camera_names[v]
+    return html.escape(name) if isinstance(name, str) else f"c{name}"
+
+
 def strip(shots):
     """A row of thumbnails: the arguments of shot()."""
     return f'<div class="strip">{"".join(shot(*words) for words in shots)}</div>'
@@ -181,8 +190,8 @@ def bar(name, share, style, decimals=None):
 
 
 def matrix(label, values, sizes, names):
-    """Values (n, n) from low, pale, to high, dark, in 9 steps; lines separate groups of rows of
-    these sizes, whose names stand above."""
+    """Values (n, n) from low, faint, to high, strong blue, in 9 steps; lines separate groups of
+    rows of these sizes, whose names stand above."""
     n = len(values)
     others = values[~np.eye(n, dtype=bool)]  # the diagonal says nothing
     low, high = others.min(), others.max()
@@ -202,7 +211,7 @@ def matrix(label, values, sizes, names):
     for end in (0, *ends):
         at = 20 + end * scale
         parts.append(f'<path class="axis" d="M{at:.1f} 20V350M20 {at:.1f}H350"/>')
-    parts.append(f'<text x="20" y="370">pale {low:.2f}, dark {high:.2f}</text>')
+    parts.append(f'<text x="20" y="370">faint {low:.2f}, strong {high:.2f}</text>')
     return svg(label, 376, parts)
 
 
@@ -308,22 +317,24 @@ def similarity(counts):
     return grid(figures)
 
 
-def heat_table(value, weight):
-    """mAP by camera of the query (rows) and of the right answers (columns), (V, V) each."""
+def heat_table(value, weight, names):
+    """mAP by camera of the query (rows) and of the right answers (columns), (V, V) each; names of
+    the V cameras."""
     def cell(v):
         if np.isnan(v):
             return "<td>&ndash;</td>"
         shade = tuple(round(a + v * (b - a)) for a, b in ((232, 8), (242, 62), (250, 120)))
         return (f'<td style="background: rgb{shade}; color: {"#fff" if v > .5 else "#111"}">'
                 f"{100 * v:.0f}</td>")
-    names = [f"c{v + 1}" for v in range(len(value))]
-    worst, best = (np.unravel_index(f(value), value.shape) for f in (np.nanargmin, np.nanargmax))
+    worst, best = ([names[v] for v in np.unravel_index(f(value), value.shape)]
+                   for f in (np.nanargmin, np.nanargmax))
+    mean = 100 * np.nansum(value * weight) / weight.sum()
     return figure(
         "mAP in %, query camera by answer camera",
         table(["query in", *names], [(name, *map(cell, row)) for name, row in zip(names, value)]),
         "Mean precision at the right answers in the camera of a column, best from query camera "
-        f"c{best[0] + 1} to c{best[1] + 1}, worst from c{worst[0] + 1} to c{worst[1] + 1}; the "
-        f"mean over all answers is the mAP, {100 * np.nansum(value * weight) / weight.sum():.1f}.",
+        f"{' to '.join(best)}, worst from {' to '.join(worst)}; the mean over all answers is the "
+        f"mAP, {mean:.1f}.",
         "a pale row or column: a camera that looks like no other.")
 
 
@@ -346,10 +357,10 @@ def ranking_lists(ranked, query, gallery):
         another = next((r for r in some if query.pids[r["i"]] != person), some[-1])
         for r in (some[0], another):
             i = r["i"]
-            answers = [(gallery.paths[j], f"c{gallery.cams[j] + 1} {similar:.2f}",
+            answers = [(gallery.paths[j], f"{camera(gallery, gallery.cams[j])} {similar:.2f}",
                         "right" if gallery.pids[j] == query.pids[i] else "wrong")
                        for j, similar in zip(r["shown"], r["similar"])]
-            asked = (query.paths[i], f"c{query.cams[i] + 1}", "query")
+            asked = (query.paths[i], camera(query, query.cams[i]), "query")
             figures += (f"<h3>{title}: person {query.pids[i]}, AP "
                         f"{100 * r['precision'].mean():.0f} %</h3>{strip([asked, *answers])}")
     return figure("", figures, "A query and the gallery images most similar to it, with camera and "
@@ -399,8 +410,8 @@ def clusters(train, labels, known):
     for title, images, person in groups:
         images, shots = spread(images[np.lexsort((cams[images], labels[images]))], 12), []
         for i in images:
-            words = f"c{cams[i] + 1}" + (f", in {labels[i]}" if title.startswith("Split") else
-                                         f", id {pids[i]}" if known else "")
+            where = f", in {labels[i]}" if title.startswith("Split") else ""
+            words = camera(train, cams[i]) + (where or f", id {pids[i]}" * known)
             right = "right" if pids[i] == person else "wrong"
             shots.append((train.paths[i], words, "" if person is None else right))
         body += f"<h3>{title}</h3>{strip(shots)}"
@@ -419,15 +430,16 @@ def choose(groups, cams, most=24, images=20):
     return np.concatenate([spread(np.flatnonzero(groups == g), images) for g in some])
 
 
-def t_sne(features, groups, cams, what):
-    """Maps of (M, D) features, by person or cluster (`what`) and, beside it, by camera."""
+def t_sne(features, groups, cams, what, cameras):
+    """Maps of (M, D) features, by person or cluster (`what`) and, beside it, by camera; cameras:
+    their names."""
     points = TSNE(perplexity=min(30, (len(features) - 1) / 3), init="pca", random_state=0
                   ).fit_transform(features)
     near = (features @ features.T - 2 * np.eye(len(features))).argmax(1)
     figures, same = [], []
     for title, values in ((what, groups), ("camera", cams)):
         found, index = np.unique(values, return_inverse=True)
-        names = [f"c{v + 1}" for v in found] if title == "camera" else ()
+        names = [cameras[v] for v in found] if title == "camera" else ()
         figures.append(f"<div><h3>By {title}</h3>"
                        + scatter(f"t-SNE, marks by {title}", points, index, names) + "</div>")
         same.append(f"{100 * (values[near] == values).mean():.0f} %")

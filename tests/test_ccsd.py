@@ -113,7 +113,8 @@ def test_intra_camera_loss(case):
             own = [row[h] for h in range(len(camera)) if camera[h] == camera[g]]
             total -= torch.log(row[g].exp() / sum(x.exp() for x in own))
         return total / len(s)
-    same_loss(lambda s: ccsd.intra_camera_loss(s, group, camera, TEMP), looped, similar)
+    same_loss("L_intra, cross-entropy over the groups of the image's own camera",
+              lambda s: ccsd.intra_camera_loss(s, group, camera, TEMP), looped, similar)
 
 
 @pytest.mark.parametrize("negatives", [1, 3, 50])
@@ -132,7 +133,8 @@ def test_cross_camera_loss(case, negatives):
                 losses.append(-sum(torch.log(x.exp() / total) for x in positive) / len(positive))
         assert len(losses) < len(s)                                # cluster 3 has one camera only
         return sum(losses) / len(losses)
-    same_loss(lambda s: ccsd.cross_camera_loss(s, group, parent, TEMP, negatives), looped, similar)
+    same_loss("L_cross, the cluster's groups in other cameras against the hardest of others",
+              lambda s: ccsd.cross_camera_loss(s, group, parent, TEMP, negatives), looped, similar)
 
 
 def test_distillation_loss(case):
@@ -153,8 +155,15 @@ def test_distillation_loss(case):
             if divergences:
                 losses.append(sum(divergences) / len(divergences))
         return sum(losses) / len(losses)
-    same_loss(lambda s: ccsd.distillation_loss(s, group, parent, camera, table, TEMP), looped,
-              similar)
+
+    def distil(s):
+        return ccsd.distillation_loss(s, group, parent, camera, table, TEMP)
+    student = similar.clone().requires_grad_()
+    grad, = torch.autograd.grad(distil(student), student)
+    assert (grad[camera == camera[group][:, None]] == 0).all(), (
+        "a gradient reaches the teacher: L_kd changes an image's similarities in its own camera")
+    same_loss("L_kd, KL(teacher || student) over the clusters that both cameras see", distil,
+              looped, similar)
 
 
 def test_losses_of_images_without_a_counterpart_are_zero():
@@ -188,7 +197,8 @@ def test_weights_of_the_terms_and_learning_rate(tiny, tmp_path, monkeypatch, wat
     ccsd.main(short(tiny, tmp_path, "--intra", "3", "--cross", "5", "--kd", "7", "--lr", "1e-3",
                     "--lr-drop", "0", "--epochs", "4", "--true-ids"))
     grads = [[loss.grad.item() for _, loss in calls] for calls in terms]
-    assert grads == [[3] * 8, [5] * 6, [7] * 6]
+    assert grads == [[3] * 8, [5] * 6, [7] * 6], (
+        "not L_base + 3 L_intra in all epochs and 5 L_cross + 7 L_kd from the second on")
     np.testing.assert_allclose(rates, .5e-3 + .5e-3 * np.cos(np.pi * np.arange(8) / 8))
 
 

@@ -1,22 +1,34 @@
 """Every shared step against a slow, obvious second version, or a value worked out by hand."""
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import random
+import re
 
 import numpy as np
 import pytest
+import sklearn.cluster
 import sklearn.metrics
 import slow
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import checkpoint, older, quantised, unit
-from scipy.sparse import csr_array
+from conftest import HERE, checkpoint, older, quantised, refusal, short, unit
+from scipy.sparse import csgraph, csr_array
 from torch import nn
 
 import common
+import mskd
+import sskd
+
+
+def code_of(name):
+    """-> all code within the lines of a text."""
+    with open(os.path.join(HERE, name), encoding="utf-8") as file:
+        return [" ".join(x.split()) for x in re.findall(r"`([^`]+)`", file.read().replace("```", ""))]
 
 
 # ------------------------------------------------------------------------------------------ network
@@ -53,15 +65,16 @@ def test_recompute_is_the_same_to_the_bit_in_less_memory(arch):
     assert less < plain / 5
 
 
-def test_bf16_is_close_and_gives_float32():
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_half_precision_is_close_and_gives_float32(name):
     torch.manual_seed(0)
     model, images = common.Encoder("resnet18-layer3", "none").eval(), torch.randn(4, 3, 64, 32)
     exact = model(images)
-    model.on(torch.device("cpu"), argparse.Namespace(bf16=True, fp32=False, recompute=False))
+    model.on(torch.device("cpu"), argparse.Namespace(precision=name, recompute=False))
     rough = model(images)
     assert rough.dtype == torch.float32 and model.backbone[0].weight.dtype == torch.float32
     assert not torch.equal(rough, exact) and (rough * exact).sum(1).min() > .99
-    model.on(torch.device("cpu"), argparse.Namespace(bf16=False, fp32=False, recompute=True))
+    model.on(torch.device("cpu"), argparse.Namespace(precision="fp32", recompute=True))
     assert torch.equal(model(images), exact) and model.recompute
 
 
@@ -107,8 +120,39 @@ def test_encoder_parts_see_their_stripe_only():
     again = model(changed)
     assert not torch.equal(again[0], out[0]) and torch.equal(again[1], out[1])
     assert not torch.equal(again[2], out[2])
-    with pytest.raises(common.Problem, match="multiple of 32"):
-        model(torch.randn(3, 256, 3, 2))
+
+
+@pytest.mark.parametrize("size, parts, rows, remedy", [
+    (48, 2, 3, 32), (80, 2, 5, 32), (72, 2, 5, 32), (64, 3, 4, 48), (96, 2, 6, 0), (64, 4, 4, 0)])
+def test_stripes_of_a_map_are_equal_or_refused(size, parts, rows, remedy):
+    for arch in ("small", "resnet18"):
+        assert common.map_rows(arch, (size, 32)) == rows
+        model = common.Encoder(arch, "none", parts).eval()
+        says = f"--size {size}: .* {rows} rows.*{parts} equal.*multiple of {remedy}\\)"
+        with pytest.raises(common.Problem, match=says) if remedy else contextlib.nullcontext():
+            assert model(torch.randn(2, 3, size, 32)).shape[0] == 1 + parts
+        if remedy:  # and it is one
+            assert common.map_rows(arch, (remedy, 32)) % parts == 0
+
+
+def test_a_backbone_is_one_line_of_archs(tiny, tmp_path, monkeypatch, capsys):
+    """The README's, with a stride of 32: a map of 3 rows at a height of 96 has no halves."""
+    lines = [line for line in code_of("README.md") if line.startswith('"')]
+    assert len(lines) == 2
+    more = eval("{" + ", ".join(lines) + "}", vars(common))
+    names = [common.running_code(common)]
+    for name, line in more.items():
+        monkeypatch.setitem(common.ARCHS, name, line)
+        names.append(common.running_code(common))
+    assert len({*names}) == 3 and "in memory differs" in capsys.readouterr().err
+    assert common.Encoder("resnet101", "none", 2).eval()(torch.randn(1, 3, 64, 32)).shape == (
+        3, 1, 2048)
+    words = short(tiny, tmp_path, "--arch", "mobilenet", "--epochs", "1", "--stage", "teacher")
+    line = refusal(lambda: mskd.main([*words, "--size", "96", "32"]), capsys)
+    assert "--size 96" in line and "3 rows" in line and "multiple of 64" in line
+    mskd.main([*words, "--size", "128", "32"])
+    model, state = common.load_encoder(str(tmp_path / "teacher"))
+    assert state["arch"] == "mobilenet" and model(torch.randn(2, 3, 128, 32)).shape == (3, 2, 960)
 
 
 def test_encoder_pooling_avg_and_what_is_inside():
@@ -365,6 +409,55 @@ def test_dbscan_keeps_explicit_zeros_and_counts_the_point_itself():
         common.dbscan(zeros, .5, min_samples=3)
 
 
+def test_only_the_diagonal_is_at_0_so_that_graphs_keep_every_edge():
+    """SciPy takes a stored 0 for no edge. Here many images share all neighbours: distance 0."""
+    features = unit(400, 32, people=80, spread=.3)
+    assert (slow.jaccard_distance(features, 8) < 1e-9).sum() > 400
+    for distance in (common.jaccard_distance(features, 8),
+                     mskd.mixed_distance(torch.stack([features] * 3), 8, .15)):
+        coo = distance.tocoo()
+        own = coo.row == coo.col
+        assert own.sum() == 400 and (coo.data[own] == 0).all()
+        assert coo.data[~own].min() > .9 * common.DUPLICATE
+        assert csgraph.minimum_spanning_tree(distance).nnz == 399
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_duplicates_change_no_label_and_no_radius(seed):
+    rng = np.random.default_rng(seed)
+    features = quantised(24, seed)[torch.from_numpy(rng.integers(0, 24, 90))]
+    k1 = int(rng.integers(4, 30))
+    distance, dense = common.jaccard_distance(features, k1), slow.jaccard_distance(features, k1)
+    for eps in (0, *rng.uniform(0, .9, 6)):
+        assert (common.dbscan(distance, eps, at_least=0) == slow.dbscan(dense, eps)).all()
+    upper = dense[np.triu_indices(90, 1)]
+    distinct = np.sort(upper[upper > 1e-9])
+    assert len(distinct) < len(upper)
+    for rho in (.01, .1, 1):
+        wanted = distinct[:max(1, round(rho * len(distinct)))].mean()
+        assert sskd.adaptive_eps(distance, rho) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_clusterings_of_the_readme():
+    code = "\n".join(line for line in code_of("README.md")
+                     if re.match(r"(full|np.fill_diagonal|labels = \w+\(|medoids)", line))
+    people = np.arange(400) % 80
+    names = dict(vars(sklearn.cluster), np=np, found=[], distance=common.jaccard_distance(
+        unit(400, 32, people=80, spread=.3), 8))
+    code = re.sub("(?m)^labels = .*$", r"\g<0>; found.append(labels)", code)
+    code, start, step = re.split("(?m)^(?=medoids)", code)
+    loop = "labels = full[:, medoids].argmin(1)"
+    assert loop in code_of("README.md")
+    exec(code + start + "for _ in range(20):\n " + loop + "\n " + step, names)
+    *others, medoids = [sklearn.metrics.adjusted_rand_score(people, labels)
+                        for labels in (*names["found"], names["labels"])]
+    assert others == [1] * 4 and medoids > .6                      # from random images: a local one
+    apart = common.jaccard_distance(unit(640, 32, people=80, spread=.3), 12)
+    assert csgraph.connected_components(apart)[0] == 2
+    with pytest.raises(ValueError, match="2 connected components"):
+        exec(code, dict(names, distance=apart))
+
+
 def test_dbscan_eps_on_an_atom():
     """Distance exactly 1/2 up to rounding: inside at eps 0.5 whichever way it was rounded."""
     for value in (.5 - 1e-7, .5, .5 + 1e-7):
@@ -549,7 +642,7 @@ def test_load_encoder(tmp_path):
     assert torch.equal(again.eval()(x), model(x)) and state["data"] == "toy"
     for wrong in (dict(size="48"), dict(size=(8, 8)), dict(parts="2"), dict(parts=9),
                   dict(pooling="max"), dict(data=3), dict(arch="vgg"), dict(epoch="1"),
-                  dict(model=None), dict(model={1: 2}), dict(bf16="yes"), dict(lines="text"),
+                  dict(model=None), dict(model={1: 2}), dict(precision="half"), dict(lines="text"),
                   dict(lines=[1]), dict(scores=None), dict(images=None), dict(seconds=1),
                   dict(format=1)):
         checkpoint(path, **wrong)

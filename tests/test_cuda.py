@@ -34,7 +34,8 @@ def never_waits(monkeypatch):
 
 
 @pytest.mark.parametrize("page, more", [
-    (ccsd, []), (ccsd, ["--fp32", "--recompute", "--bn-splits", "2"]), (mskd, []),
+    (ccsd, []), (ccsd, ["--precision", "fp32", "--recompute", "--bn-splits", "2"]),
+    (ccsd, ["--precision", "fp16"]), (mskd, []),
     (sskd, ["--source-epochs", "1", "--source-iters", "2", "--nets", "2"])])
 def test_a_step_never_waits_for_the_gpu(page, more, tiny, tmp_path, monkeypatch, never_waits):
     monkeypatch.setattr(ccsd, "GROUP_START", 0)  # all of its terms

@@ -75,6 +75,50 @@ def test_an_edited_page_is_a_new_run_and_an_unchanged_one_repeats_its_score(copy
     assert len({tuple(sorted(head.items())) for head in heads}) == 3
 
 
+def test_what_a_page_keeps_of_each_image_survives_a_resume(copy, tmp_path):
+    """The README's two lines, in a page."""
+    old = '    labels = resumed.get("labels")\n'
+    edit(tmp_path / "ccsd.py", old, old
+         + '    score = resumed.get("score", np.zeros(len(images)))\n')
+    edit(tmp_path / "ccsd.py", "keep=dict(state, labels=labels)",
+         "keep=dict(state, labels=labels, score=score + epoch + 1)")
+    copy("ccsd.py", "--out", "a")
+    copy("ccsd.py", "--out", "a", "--epochs", "2", "--resume")
+    assert (common.load_checkpoint(str(tmp_path / "a" / "last.pt"))["score"] == 1 + 2).all()
+
+
+NOTEBOOK = """
+import importlib, re, sys
+import ccsd
+def run():
+    ccsd.main(sys.argv[1:])
+def mine(similarity, group, parent, temp):
+    return 0 * similarity.sum()
+run()
+old, ccsd.cross_camera_loss = ccsd.cross_camera_loss, mine     # 1 replaced in memory
+run()
+ccsd.cross_camera_loss, ccsd.GROUP_TEMP = old, .5              # 2 another constant
+run()
+ccsd.GROUP_TEMP = .07
+text = open("ccsd.py").read()
+open("ccsd.py", "w").write(text.replace("args.base * L_base +", "2 * args.base * L_base +"))
+run()                                                          # 3 edited, but not loaded
+importlib.reload(ccsd)
+run()                                                          # 4
+"""
+
+
+def test_what_is_in_memory_is_what_a_notebook_s_run_is_named_after(copy, tmp_path, tiny):
+    done = subprocess.run([sys.executable, "-c", NOTEBOOK, "--data", str(tiny), *FEW],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1/1") == 5 and "nothing to do" not in done.stdout
+    assert len(folders(tmp_path)) == 5
+    assert done.stderr.count("ccsd.py in memory differs from the file") == 3
+    copy("ccsd.py")                                                # a program: the edited file
+    assert len(folders(tmp_path)) == 5
+
+
 def test_resume_over_edited_code_warns_and_another_out_is_never_mixed(copy, tmp_path):
     copy("ccsd.py", "--out", "mine")
     edit(tmp_path / "ccsd.py", "args.base * L_base +", "2 * args.base * L_base +")
@@ -124,7 +168,7 @@ def test_a_teacher_serves_every_student_until_the_page_is_edited(copy, tmp_path)
     (ccsd, "--refine none --true-ids", "ccsd-toy-s0-refine-none-true-ids"),
     (ccsd, "--size 64 32 --epochs 2", "ccsd-toy-s0-epochs2-size-64x32"),
     (ccsd, "--resume --root x --device cpu --eval-every 2 --recompute", "ccsd-toy-s0"),
-    (ccsd, "--data some/where:source", "ccsd-some-where-source-s0"),
+    (ccsd, "--data some/where:source", "ccsd-where-source-s0"),
     (ccsd, "--data x --weights ../a/b.pth", "ccsd-x-s0-weights-..-a-b.pth"),
     (mskd, "--teacher runs/a/teacher --stage student", "mskd-toy-s0-teacher-runs-a-teacher"),
     (sskd, "--soft 0 --nets 1", "sskd-toy-s0-nets1-soft0")])
@@ -134,10 +178,17 @@ def test_a_folder_is_named_after_its_flags(page, words, name, tmp_path, monkeypa
     assert page.get_args([*words.split(), "--out", "a b"]).out == "a b"
 
 
-def test_own_folders_do_not_share_a_run_folder():
+def test_own_folders_do_not_share_a_run_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     flags = ["--data a/images", "--data b/images", "--data a/images --weights none",
              "--data a/images --weights x.pth", "--data a/images:source"]
-    assert len({ccsd.get_args(words.split()).out for words in flags}) == len(flags)
+    outs = []
+    for words in flags * 2:
+        args = ccsd.get_args(words.split())
+        outs.append(args.out)
+        common.Log(args.out, "cpu", args).file.close()
+        (tmp_path / args.out / "log.jsonl").write_text(common.header("cpu", vars(args)))
+    assert len(set(outs)) == len(flags) and outs[:5] == outs[5:]
 
 
 def test_long_names_of_folders_differ_to_the_last_flag():

@@ -166,7 +166,7 @@ def test_the_pictures_hold_these_numbers(run, monkeypatch):
     assert 1 <= len(rows) <= 6 and len({c.image[row] for _, row in rows}) == len(rows)
     for title, row in rows:
         i = c.image[row]
-        assert f"{title}: person {e.train.pids[i]}, camera {e.train.cams[i] + 1}" in found.text
+        assert f"{title}: person {e.train.pids[i]}, camera c{e.train.cams[i] + 1}" in found.text
         assert ("differ" in title) <= (c.teacher[row] != c.student[row])
         if "wrong, the teacher right" in title:
             assert c.t[row] and not c.label[row]
@@ -292,7 +292,7 @@ def test_a_teacher_and_a_lost_teacher_say_so(tiny, tmp_path):
 def test_matrix_and_starting_terms():
     values = np.array([[1, .5, 0], [.5, 1, .25], [0, .25, 1]])
     picture = Page(report.matrix("some matrix", values, [2, 1], ["a", "b"]))
-    assert "pale 0.00, dark 0.50" in picture.text and picture.alts == ["some matrix"]
+    assert "faint 0.00, strong 0.50" in picture.text and picture.alts == ["some matrix"]
     log = [dict(epoch=n, base=1., **(dict(cross=2., kd=3.) if n > 2 else {})) for n in range(1, 5)]
     chart = report.curves([("", log, ["base", "cross", "kd"])])
     assert "cross, kd from here on" in Page(chart).text

@@ -8,7 +8,8 @@ import pytest
 import slow
 import torch
 import torch.nn.functional as F
-from conftest import double, losses, program, refusal, short, weights
+from conftest import (close, double, losses, permuted_ids, program, refusal, same_weights, short,
+                      weights)
 
 import common
 import mskd
@@ -38,7 +39,8 @@ def test_mixed_distance_is_the_mix_of_three_dense_ones(n, k1, l1):
     sparse = mskd.mixed_distance(features, k1, l1)
     g, u, d = (slow.jaccard_distance(view, k1) for view in features)
     wanted = (1 - 2 * l1) * g + l1 * u + l1 * d
-    np.testing.assert_allclose(slow.dense(sparse), wanted, atol=1e-5)
+    np.testing.assert_allclose(slow.dense(sparse), wanted, atol=1e-5,
+                               err_msg="not J = (1 - 2 l1) J_g + l1 J_u + l1 J_d")
     assert (sparse.diagonal() < 1e-6).all() and (sparse.nnz < n * n or n == 9)
     for eps in (.35, .45, .6):
         labels = slow.dbscan(wanted, eps)
@@ -50,15 +52,18 @@ def test_view_losses_and_distillation_losses():
                     for seed, n in enumerate((8, 8, 4)))
     k = torch.arange(8) % 4
     got = [*mskd.view_losses(f, memory, k, .05), *mskd.distillation_losses(f, t)]
+    assert torch.autograd.grad(sum(got), t, retain_graph=True, allow_unused=True)[0] is None, (
+        "a gradient reaches the teacher: D lets the student pull t_v towards f_v")
+    names = [f"{term}_{view}, {of}" for term, of in (
+        ("L", "cross-entropy of <f_v, m_v> / tau"), ("D", "||f_v - t_v||^2")) for view in "gud"]
     wanted = [slow.cross_entropy(f[v] @ memory[v].T / .05, k) for v in range(3)]
     wanted += [sum(sum((f[v, i, j] - t[v, i, j].detach()) ** 2 for j in range(5))
                    for i in range(8)) / 8 for v in range(3)]
-    for a, b in zip(got, wanted):
-        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+    for name, a, b in zip(names, got, wanted):
+        close(a, b, f"another value than {name}", atol=1e-9, rtol=0)
         ga, gb = (torch.autograd.grad(x, f, retain_graph=True)[0] for x in (a, b))
-        torch.testing.assert_close(ga, gb, atol=1e-9, rtol=1e-9)
+        close(ga, gb, f"the value of {name}, but another gradient", atol=1e-9, rtol=1e-9)
         assert ga.abs().sum() > 0
-    assert not torch.autograd.grad(sum(got), t, allow_unused=True)[0]  # the teacher learns nothing
 
 
 # -------------------------------------------------------------------------------------- both stages
@@ -95,16 +100,11 @@ def test_stages_alone_equal_both(both, tiny, tmp_path):
         assert losses(out / folder) == losses(tmp_path / folder)
 
 
-def test_ids_do_not_leak(both, tiny, tmp_path, monkeypatch):
-    load = common.load
-
-    def permuted(*args):
-        train, query, gallery = load(*args)
-        return train._replace(pids=np.random.default_rng(0).permutation(train.pids)), query, gallery
-    monkeypatch.setattr(common, "load", permuted)
-    mskd.main(short(tiny, tmp_path))
+def test_ids_do_not_leak(both, tiny, tmp_path):
+    with permuted_ids(tiny):
+        mskd.main(short(tiny, tmp_path))
     a, b = weights(both[0]), weights(tmp_path)
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    same_weights(a, b, "with other training ids other weights: a true id reaches a training step")
     mskd.main(short(tiny, tmp_path / "c", "--true-ids"))           # here, and only here, ids matter
     assert not torch.equal(a["necks.0.weight"], weights(tmp_path / "c")["necks.0.weight"])
 
@@ -125,7 +125,8 @@ def test_the_student_round_by_round(both, tiny, tmp_path, monkeypatch, watch, af
     assert updates == [n for n in range(5, 11) for _ in range(3)]  # it leaves its memories alone
     for calls, weight in ((L, 1), (D, 2)):
         for _, loss in calls:
-            torch.testing.assert_close(loss.grad, weight * torch.tensor([.7, .3, .3]))
+            close(loss.grad, weight * torch.tensor([.7, .3, .3]), "other weights than those of "
+                  "(1 - l2) (L_g + mu D_g) + l2 (L_u + mu D_u) + l2 (L_d + mu D_d)")
     # queries and gallery twice, the teacher's features of the training images, queries and gallery,
     # the student's features for each epoch, queries and gallery
     learns = [next(model.parameters()).requires_grad for (model, *_), _ in extracted]
@@ -147,7 +148,7 @@ def test_no_step_changes_the_teacher(mode, both, tiny, tmp_path, watch):
     mskd.main(short(tiny, tmp_path, "--teacher", str(teacher), "--teacher-bn", mode))
     (_, kept), = loaded
     before, after = weights(teacher), dict(kept.named_parameters())
-    assert all(torch.equal(before[key], after[key]) for key in after)
+    same_weights(after, before, "the frozen teacher is trained")
     assert kept.training == (mode == "batch")
     if mode == "batch":  # the default from random weights is running
         assert losses(tmp_path)[-1]["D_g"] != losses(both[0])[-1]["D_g"]

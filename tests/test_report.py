@@ -5,6 +5,7 @@ eval.py does when something is missing, mistyped or full.
 import html.parser
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -111,7 +112,8 @@ def test_clusters_are_what_their_titles_say(tiny):
     assert titles[4].startswith("Split by camera: person 3 in 2 clusters")
     assert groups[4][1].tolist() == [8, 9, 10, 11]
     picture = str(tiny / "query" / sorted(os.listdir(tiny / "query"))[0])
-    page = Page(report.clusters(common.Split([picture] * 18, people, cams), labels, True))
+    train = common.Split([picture] * 18, people, cams, [1, 2])
+    page = Page(report.clusters(train, labels, True))
     assert len(page.kinds["right"]) >= 8 and "Left out: 2 images" in page.text
     assert any("id 5" in alt for alt in page.alts)
 
@@ -296,6 +298,44 @@ def test_several_runs_in_one_plot(run, tiny, tmp_path):
     assert "nan" not in read_page(tmp_path / "ab.html").text       # of a run without scores
 
 
+def test_cameras_are_called_as_files_call_them(tiny, tmp_path):
+    for part in tiny.iterdir():
+        (tmp_path / "set" / part.name).mkdir(parents=True)
+        for path in part.iterdir():
+            person, camera, *rest = path.name.replace("s1", "").split("_")
+            camera = {"c1": "c3", "c2": "c7", "c3": "c12"}[camera]
+            shutil.copy(path, tmp_path / "set" / part.name / "_".join((person, camera, *rest)))
+    ccsd.main(short(tmp_path / "set", tmp_path / "run"))
+    scoring.main([str(tmp_path / "run"), "--report", "--save-features", str(tmp_path / "f.npz")])
+    page = read_page(tmp_path / "run" / "report.html")
+    shown = " ".join(page.alts)
+    assert set(re.findall(r"\bc\d+\b", shown)) == {"c3", "c7", "c12"}
+    assert {f"Camera {name} (" in page.text for name in ("c3", "c7", "c12")} == {True}
+    assert not re.search(r"Camera c?[12]\b|camera c?[12],", page.text)
+    kept = np.load(tmp_path / "f.npz")
+    for path, camera in zip(kept["paths"], kept["cams"]):
+        assert f"_c{camera}_" in path
+
+
+def test_cameras_with_names(tiny, tmp_path):
+    names = {"c1": "cam_left", "c2": "cam_right", "c3": "back_camera"}
+    for path in (tiny / "bounding_box_train").iterdir():
+        person, camera, _, _ = path.name.replace("s1", "").split("_")
+        (tmp_path / "set" / names[camera] / person).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "set" / names[camera] / person)
+    for kept in (tmp_path / "set").glob("*/*/*"):
+        kept.rename(kept.with_name(kept.name.split("_")[2] + ".jpg"))
+    ccsd.main(short(tmp_path / "set", tmp_path / "run"))
+    scoring.main([str(tmp_path / "run"), "--report", "--save-features", str(tmp_path / "f.npz")])
+    page = read_page(tmp_path / "run" / "report.html")
+    for name in names.values():
+        assert f"Camera {name} (images" in page.text and f"image, {name}" in page.alts
+    assert not re.search(r"\bc\d", page.text.split("Run and score")[1])
+    kept = np.load(tmp_path / "f.npz")
+    for path, camera in zip(kept["paths"], kept["cams"]):
+        assert f"/{camera}/" in path
+
+
 # ------------------------------------------------------------------------------- other questions
 
 
@@ -306,7 +346,9 @@ def test_pairs_and_features(run, tiny, tmp_path, capsys):
     train, query, gallery = common.load(str(tiny))
     assert kept["paths"].tolist() == train.paths + query.paths + gallery.paths
     assert kept["pids"].tolist() == [*train.pids, *query.pids, *gallery.pids]
-    assert kept["features"].shape == (72 + 12 + 24, 256) and kept["cams"].max() == 2
+    assert kept["features"].shape == (72 + 12 + 24, 256)
+    in_name = [os.path.basename(path).split("_")[1] for path in kept["paths"]]
+    assert [f"c{camera}s1" for camera in kept["cams"]] == in_name
     of = dict(zip(kept["paths"], kept["features"]))
     capsys.readouterr()
     found = scoring.main([str(run), "--pairs", files[0], files[4], "--json"])

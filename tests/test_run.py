@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import slow
 import torch
-from conftest import HERE, draw, losses, program, refusal, short, unit, weights
+from conftest import (HERE, draw, losses, permuted_ids, program, refusal, same_weights, short,
+                      unit, weights)
 
 import ccsd
 import common
@@ -45,7 +46,7 @@ def test_eval_repeats_the_last_score(finished, tiny, tmp_path):
     assert again.returncode == 0, again.stderr
     scores = json.loads(again.stdout)
     assert all(scores[key] == last[key] for key in ("mAP", "rank1", "rank5", "rank10", "queries"))
-    rough = ccsd.main(short(tiny, tmp_path, "--bf16", "--epochs", "1"))
+    rough = ccsd.main(short(tiny, tmp_path, "--precision", "bf16", "--epochs", "1"))
     again = scoring.main([str(tmp_path)])
     assert all(again[key] == rough[key] for key in rough)
     table = program("eval.py", out / "last.pt", "--data", tiny, "--rerank")
@@ -65,18 +66,13 @@ def test_every_refinement_and_every_term_runs(refine, tiny, tmp_path, monkeypatc
 
 
 def test_same_seed_same_numbers_and_ids_do_not_leak(tiny, tmp_path, monkeypatch):
-    """A second run whose training ids were permuted in memory is equal to the last bit."""
+    """A run whose training ids were permuted in memory is equal to the last bit."""
     monkeypatch.setattr(ccsd, "GROUP_START", 0)
+    with permuted_ids(tiny):
+        ccsd.main(short(tiny, tmp_path / "b"))
     ccsd.main(short(tiny, tmp_path / "a"))
-    load = common.load
-
-    def permuted(*args):
-        train, query, gallery = load(*args)
-        return train._replace(pids=np.random.default_rng(0).permutation(train.pids)), query, gallery
-    monkeypatch.setattr(common, "load", permuted)
-    ccsd.main(short(tiny, tmp_path / "b"))
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    same_weights(a, b, "with other training ids other weights: a true id reaches a training step")
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     ccsd.main(short(tiny, tmp_path / "c", "--true-ids"))           # here, and only here, ids matter
     ccsd.main(short(tiny, tmp_path / "d", "--seed", "1"))
@@ -93,6 +89,23 @@ def test_bn_splits_see_their_own_statistics():
 
 
 # ----------------------------------------------------------------------------------------- refusals
+
+def test_quick_reads_few_people_and_ends(tmp_path, monkeypatch):
+    """The debug line: a set of any size, all steps; it never meets a run of the whole set."""
+    monkeypatch.chdir(tmp_path)
+    folder = draw(tmp_path / "d", train=16, test=14, cameras=3, shots=4)
+    split = [part.paths for part in common.load(str(folder), few=True)]
+    people = [{os.path.basename(path)[:4] for path in part} for part in split]
+    assert [len(part) for part in split] == [12 * 12, 12 * 3, 12 * 9]
+    assert people[0] == {f"{i:04d}" for i in range(1, 13)} and people[1] == people[2]
+    args = ["--data", str(folder), "--weights", "none"]
+    assert ccsd.main([*args, "--quick"])["queries"] == 36
+    with open(ccsd.get_args([*args, "--quick"]).out + "/log.jsonl", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    assert [line["epoch"] for line in lines[1:]] == [0, 0, 1, 2] and "scores" not in lines[1]
+    assert ccsd.get_args(args).out != ccsd.get_args([*args, "--quick"]).out
+    assert ccsd.get_args([*args, "--quick", "--epochs", "3"]).epochs == 3
+
 
 def test_bad_data(tmp_path, capsys):
     folder = draw(tmp_path / "d", train=3, test=2, cameras=2, shots=2)

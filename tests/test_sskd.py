@@ -12,7 +12,8 @@ import slow
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import double, draw, losses, older, program, refusal, same_loss, short, weights
+from conftest import (close, double, draw, losses, older, permuted_ids, program, refusal,
+                      same_loss, same_weights, short, weights)
 from scipy.sparse import csr_array
 
 import common
@@ -71,7 +72,8 @@ def test_adaptive_eps_is_the_mean_of_the_smallest_share(rho):
 
 def test_soft_label_loss():
     soft = double(6, 5, seed=1).softmax(1)
-    same_loss(lambda z: sskd.soft_label_loss(z, soft), lambda z: slow.cross_entropy(z, soft),
+    same_loss("L_soft, the cross-entropy with the peer's soft label",
+              lambda z: sskd.soft_label_loss(z, soft), lambda z: slow.cross_entropy(z, soft),
               double(6, 5))
 
 
@@ -93,7 +95,8 @@ def test_multi_similarity_loss(spread):
                 total = total + torch.log(1 + sum(torch.exp(-2 * (p - .5)) for p in kept)) / 2
                 total = total + torch.log(1 + sum(torch.exp(40 * (q - .5)) for q in hard)) / 40
         return total / 16
-    same_loss(lambda x: sskd.multi_similarity_loss(x, labels), looped, pooled, 1e-6, 1e-4)
+    same_loss("L_ms of hard positives and negatives",
+              lambda x: sskd.multi_similarity_loss(x, labels), looped, pooled, 1e-6, 1e-4)
 
 
 def test_multi_similarity_loss_of_a_solved_batch_is_zero():
@@ -107,7 +110,8 @@ def test_nuclear_norm_loss():
     def looped(z):
         p = z.softmax(1)
         return -torch.linalg.eigvalsh(p @ p.T).clamp(min=0).sqrt().sum() / 4
-    same_loss(sskd.nuclear_norm_loss, looped, double(4, 9), 1e-5, 1e-4)
+    same_loss("L_nuc, minus the nuclear norm of softmax(z) / B", sskd.nuclear_norm_loss, looped,
+              double(4, 9), 1e-5, 1e-4)
     sure = 100 * torch.eye(5)                                      # sure and varied: the best
     assert abs(sskd.nuclear_norm_loss(sure).item() + 1) < 1e-6
     assert sskd.nuclear_norm_loss(sure[[0] * 5]).item() > -.5
@@ -127,10 +131,10 @@ def test_slow_copies_follow_exactly():
         sskd.follow(slow.parameters(), net.parameters(), alpha)
         seen.append(net[0].weight.detach().clone())
         wanted = seen[-1] if wanted is None else alpha * wanted + (1 - alpha) * seen[-1]
-        torch.testing.assert_close(slow[0].weight.data, wanted)
+        close(slow[0].weight.data, wanted, "E does not follow M as alpha E + (1 - alpha) M")
         if t == 8:
             torch.testing.assert_close(slow[0].weight.data, sum(seen) / 9)
-    assert (slow[1].running_mean == 0).all()
+    assert (slow[1].running_mean == 0).all(), "batch-norm statistics of E follow too"
 
 
 # -------------------------------------------------------------------------------------- both stages
@@ -152,18 +156,11 @@ def test_end_to_end_and_a_second_run_has_nothing_to_do(finished, tiny, other):
     assert scores["mAP"] == losses(out)[-1]["mAP"]
 
 
-def test_sources_are_trained_once_and_target_ids_do_not_leak(finished, tiny, other, tmp_path,
-                                                             monkeypatch):
-    load = common.load
-
-    def permuted(name, *args):
-        train, query, gallery = load(name, *args)
-        assert name == str(tiny)                                   # the source is not even read
-        return train._replace(pids=np.random.default_rng(0).permutation(train.pids)), query, gallery
-    monkeypatch.setattr(common, "load", permuted)
-    sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source")))
+def test_sources_are_trained_once_and_target_ids_do_not_leak(finished, tiny, other, tmp_path):
+    with permuted_ids(tiny):                                       # the source is not even read
+        sskd.main(pair(other, tiny, tmp_path, "--sources", str(finished[0] / "source")))
     a, b = weights(finished[0]), weights(tmp_path)
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    same_weights(a, b, "with other target ids other weights: a true id reaches a training step")
     assert losses(finished[0]) == losses(tmp_path)
     sskd.main(pair(other, tiny, tmp_path / "c", "--sources", str(finished[0] / "source"),
                    "--true-ids"))
@@ -189,16 +186,18 @@ def test_views_and_peers(nets, shared, finished, tiny, other, tmp_path, monkeypa
     for i in range(3):
         step = calls[2 * nets * i:2 * nets * (i + 1)]
         copies, students = step[:nets], step[nets:]
-        assert not any(grad for *_, grad in copies) and all(grad for *_, grad in students)
+        assert not any(grad for *_, grad in copies), "slow copies E are trained"
+        assert all(grad for *_, grad in students), "networks M are not trained"
         assert len({name for name, *_ in step}) == 2 * nets
         each = said[i][1]                                          # what E_1..E_n say
         for n in range(nets):
             assert torch.equal(copies[n][1], students[n][1])
             assert torch.equal(students[n][1], students[0][1]) == (shared or n == 0)
             soft = lessons[nets * i + n][0][1]
-            assert not soft.requires_grad
-            assert [torch.equal(soft, one) for one in each] == [
-                m == (n + 1) % nets for m in range(nets)]
+            assert not soft.requires_grad, "a gradient reaches the slow copy that says soft labels"
+            from_peer = [torch.equal(soft, one) for one in each]
+            assert from_peer == [m == (n + 1) % nets for m in range(nets)], (
+                f"soft labels of network {n + 1} are not those of its peer, the next slow copy")
     labels, last = batches[0][0][0], losses(tmp_path)[-1]
     soft = torch.stack([result for _, result in said]).double().flatten(0, 1)  # (3 n, B, C)
     k = np.repeat([labels[args[4]] for args, _ in said], nets, 0)  # (3 n, B)
@@ -282,8 +281,9 @@ def test_from_the_last_map_to_logits_and_gradients(terms, tiny, other, resnet18,
         sum(weight[name] * term[name] for name in terms).backward()
         wanted = last.grad
         assert wanted.abs().max() > 1e-6
-        torch.testing.assert_close(maps[student].grad.double(), wanted, rtol=1e-3,
-                                   atol=2e-4 * wanted.abs().max().item())
+        close(maps[student].grad.double(), wanted, "another gradient than that of id L_id + soft "
+              "L_soft + ms L_ms + nuc L_nuc reaches the last map", rtol=1e-3,
+              atol=2e-4 * wanted.abs().max().item())
 
 
 def test_soft_labels_are_free_of_the_camera(finished, tiny, other, tmp_path, watch):

@@ -17,7 +17,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, checkpoint, draw, losses, older, program, refusal, short, weights
+from conftest import (HERE, checkpoint, draw, first_scale, losses, older, program, refusal, short,
+                      weights)
 from PIL import Image
 
 import ccsd
@@ -90,16 +91,21 @@ def stop_after(monkeypatch, calls):
 # ------------------------------------------------------------------------------------ stop, resume
 
 @pytest.mark.parametrize("name", PAGES)
-def test_resume_is_bit_identical(name, tiny, other, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_resume_is_bit_identical(name, precision, tiny, other, tmp_path, monkeypatch, request):
     """Stopped again and again, in every stage, warm-up included, and once in a batch's middle."""
-    page, draws, stops = PAGES[name], random.Random(0), 0
+    page, draws, stops, more = PAGES[name], random.Random(0), 0, ["--precision", precision]
     monkeypatch.setattr(ccsd, "GROUP_START", 1)
-    whole = page.main(words(name, tiny, other, tmp_path / "a"))
+    if precision == "fp16":
+        request.getfixturevalue("two_layers")
+        scalers, more = first_scale(monkeypatch, 2. ** 20), [*more, "--true-ids"]
+    whole = page.main(words(name, tiny, other, tmp_path / "a", *more))
+    assert precision == "fp32" or scalers[0].get_scale() < 2 ** 20      # not that of a new run
     for calls in itertools.chain([2, 9], iter(lambda: draws.randint(3, 14), None)):
         with monkeypatch.context() as patch:
             stop_after(patch, calls)
             try:
-                scores = page.main(words(name, tiny, other, tmp_path / "b", "--resume"))
+                scores = page.main(words(name, tiny, other, tmp_path / "b", *more, "--resume"))
                 break
             except KeyboardInterrupt:
                 stops += 1
@@ -111,28 +117,13 @@ def test_resume_is_bit_identical(name, tiny, other, tmp_path, monkeypatch):
 def test_recompute_changes_no_number_and_bf16_trains(name, tiny, other, tmp_path):
     splits = ["--bn-splits", "2", "--true-ids"]  # rounding must not decide whether clusters form
     a, b, c = (PAGES[name].main(words(name, tiny, other, tmp_path / out, *splits, *more)) for
-               out, more in (("a", []), ("b", ["--recompute"]), ("c", ["--bf16"])))
+               out, more in (("a", []), ("b", ["--recompute"]), ("c", ["--precision", "bf16"])))
     assert a == b and 0 < c["mAP"] <= 1
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     has = common.cpu_has_bfloat16() is not False
     assert (losses(tmp_path / "a") != losses(tmp_path / "c")) is has
     mine, its = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(mine[key], its[key]) for key in mine)
-
-
-def test_bf16_is_left_out_on_a_cpu_without_it(tiny, tmp_path, monkeypatch, capsys):
-    """There it takes twelve times as long as float32; the README's command names it for all."""
-    monkeypatch.chdir(tmp_path)
-    flags = ["--data", str(tiny), "--device", "cpu"]
-    for has in (True, None, False):
-        monkeypatch.setattr(common, "cpu_has_bfloat16", lambda: has)
-        args, plain = ccsd.get_args([*flags, "--bf16"]), ccsd.get_args(flags)
-        assert args.bf16 is (has is not False)
-        assert (args.out == plain.out) is (has is False)           # the very run without --bf16
-        assert ("no bfloat16" in capsys.readouterr().err) is (has is False)
-        model = scoring.prepare(common.Encoder("small", "none"), dict(bf16=True, fp32=False),
-                                torch.device("cpu"))
-        assert model.bf16 is (has is not False)
 
 
 def test_resume_refuses_other_flags_and_grows(tiny, tmp_path, capsys):
@@ -175,6 +166,24 @@ def test_resume_needs_the_same_images(tmp_path, capsys):
     os.remove(next((folder / "bounding_box_train").iterdir()))
     says = refusal(lambda: ccsd.main(short(folder, tmp_path / "a", "--resume")), capsys)
     assert "72 training images, now there are 71" in says and "--out" in says
+
+
+def test_kept_values_come_back_as_they_were_even_if_a_flag_has_their_name(tiny, tmp_path):
+    argv = short(tiny, tmp_path / "a")
+    argv = [*argv, "--precision", "fp32"]
+    args, model = ccsd.get_args(argv), common.Encoder("small", "none")
+    split = common.load(str(tiny))[0]
+    kept = dict(labels=np.arange(72), kd=np.ones(3), momentum="x", ensemble=torch.arange(3.))
+    log = common.Log(args.out, "cpu", args)
+    assert log.restore(split) == {}
+    log.epoch("epoch 1/2", epoch=1, keep=dict(model=model, **kept))
+    args = ccsd.get_args([*argv, "--resume"])
+    back = common.Log(args.out, "cpu", args).restore(split, model=model)
+    for name, value in kept.items():
+        assert type(back[name]) is type(value)
+        assert back[name] == value if name == "momentum" else (back[name] == value).all()
+    with pytest.raises(common.Problem, match="keep=epoch: last.pt holds something else"):
+        log.epoch("epoch 2/2", epoch=2, keep=dict(model=model, labels=kept["labels"], epoch=3))
 
 
 def test_a_finished_run_is_of_its_images(tmp_path, capsys):
@@ -620,7 +629,7 @@ def test_fuzzed_features_cluster_or_are_refused():
         features = torch.nn.functional.normalize(torch.from_numpy(features).float())
         distance = common.jaccard_distance(features, int(draws.integers(1, 70)))
         assert distance.data.min() >= 0 and distance.data.max() <= 1 + 1e-6
-        assert abs(distance - distance.T).max() < 1e-6 and distance.diagonal().max() < 1e-6
+        assert abs(distance - distance.T).max() < 1e-6 and (distance.diagonal() == 0).all()
         try:
             labels = common.dbscan(distance, float(draws.uniform(0, 1)))
             assert set(labels.tolist()) - {-1} == set(range(labels.max() + 1)) and labels.max() > 0
@@ -645,7 +654,8 @@ FLAGS = {
         "--data nowhere": "nowhere", "--nonsense": "--nonsense",
         "--epoch 3": "--epoch", "--out /proc/nowhere": "/proc/nowhere.* cannot be written",
         "--on-collapse ask": "--on-collapse", "--resume 3": "unrecognized arguments: 3",
-        "--fp32 --bf16": "--fp32", "--size 32 4096": "--size", "--iters 99999999999": "--iters",
+        "--precision half": "--precision", "--size 32 4096": "--size",
+        "--iters 99999999999": "--iters",
         "--eps .001": "raise --eps", "--out R/last.pt": "R/last.pt", "--eps 2": "--eps",
     }.items()},
     "ccsd --refine best": "--refine", "ccsd --kd -1": "--kd", "ccsd --kd": "--kd",

@@ -1,0 +1,178 @@
+"""What suits which machine: precision, kernels, memory. Cards are pretended."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from conftest import draw, first_scale, refusal, short
+
+import ccsd
+import common
+import eval as scoring
+import mskd
+import sskd
+
+PAGES = dict(ccsd=ccsd, mskd=mskd, sskd=sskd)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+# --------------------------------------------------------------------------------------- precision
+
+@pytest.mark.parametrize("machine, auto, bf16", [
+    ((6, 1), "fp32", "fp32"), ((7, 0), "fp16", "fp16"), ((7, 5), "fp16", "fp16"),
+    ((8, 0), "bf16", "bf16"), ((12, 0), "bf16", "bf16"),           # compute capability of a GPU
+    (True, "fp32", "bf16"), (None, "fp32", "bf16"), (False, "fp32", "fp32")])  # CPU has bfloat16
+def test_the_precision_suits_the_machine(machine, auto, bf16, monkeypatch, capsys):
+    """Emulated, bfloat16 takes several times as long as float32; commands name it for all."""
+    device = CUDA if isinstance(machine, tuple) else CPU
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: machine)
+    monkeypatch.setattr(common, "cpu_has_bfloat16", lambda: machine)
+    for wanted, used in dict(auto=auto, bf16=bf16, fp32="fp32", fp16="fp16").items():
+        assert common.precision(device, wanted) == used
+        note = capsys.readouterr().err
+        assert note.count("\n") == (wanted != "auto" and wanted != used), note
+        assert not note or f"no bfloat16, so --precision is {used}" in note
+    monkeypatch.setattr(common.Encoder, "to", lambda self, _: self)
+    network = common.Encoder("small", "none")
+    assert scoring.prepare(network, dict(precision="bf16"), device).precision == bf16
+    half = scoring.prepare(network, dict(precision="fp16"), device).precision
+    assert half == ("fp32" if device is CPU else "fp16")           # on a CPU: 15 times as slow
+
+
+def test_a_run_keeps_its_precision(tiny, tmp_path, monkeypatch, capsys):
+    """--precision auto does not change the folder's name, and goes on as the run began, on whatever
+    machine; another precision is refused."""
+    monkeypatch.chdir(tmp_path)
+    flags = [*short(tiny, "x")[:2], *short(tiny, "x")[4:]]
+    plain, named = (ccsd.get_args([*flags, *more]) for more in ([], ["--precision", "fp32"]))
+    assert "precision" not in plain.out and named.out == plain.out + "-precision-fp32"
+    best, choose = ["bf16"], common.precision
+    monkeypatch.setattr(common, "precision", lambda device, wanted: choose(
+        device, best[0] if wanted == "auto" else wanted))
+    monkeypatch.setattr(common, "cpu_has_bfloat16", lambda: True)
+    ccsd.main([*flags, "--epochs", "1", "--out", "a"])               # new: what suits the machine
+    assert json.loads(open("a/log.jsonl").readline())["args"]["precision"] == "bf16"
+    best[0] = "fp32"
+    more = ["--epochs", "2", "--out", "a", "--resume"]
+    says = refusal(lambda: ccsd.main([*flags, *more, "--precision", "fp32"]), capsys)
+    assert "--precision bf16, now fp32" in says
+    assert ccsd.main([*flags, *more])["mAP"] > 0
+    assert common.load_run("a/last.pt")["precision"] == "bf16"
+    report = scoring.main(["a", "--report"])
+    assert report and " s on cpu in bf16" in open("a/report.html").read()
+    monkeypatch.setattr(common, "cpu_has_bfloat16", lambda: False)   # it cannot go on there
+    says = refusal(lambda: ccsd.main([*flags, *more]), capsys)
+    assert "--precision bf16, now fp32" in says
+
+
+def test_stages_have_one_precision_and_sources_any(tiny, tmp_path, monkeypatch, capsys):
+    """The second stage goes on in that of the first, even if a better card was found since."""
+    best, choose = ["bf16"], common.precision
+    monkeypatch.setattr(common, "precision", lambda device, wanted: choose(
+        device, best[0] if wanted == "auto" else wanted))
+    monkeypatch.setattr(common, "cpu_has_bfloat16", lambda: True)
+    source = draw(tmp_path / "source", train=6)
+    flags = short(tiny, tmp_path / "a", "--source", str(source), "--source-epochs", "1",
+                  "--source-iters", "1", "--nets", "1", "--epochs", "1", "--true-ids")
+    batches, calls = common.pk_batches, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return batches(*args)
+    monkeypatch.setattr(common, "pk_batches", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        sskd.main(flags)
+    best[0] = "fp32"
+    sskd.main([*flags, "--resume"])
+    assert common.load_run(tmp_path / "a" / "last.pt")["precision"] == "bf16"
+    sskd.main([*flags, "--out", str(tmp_path / "b"), "--sources", str(tmp_path / "a" / "source")])
+    assert common.load_run(tmp_path / "b" / "last.pt")["precision"] == "fp32"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_fp16_trains_and_an_overflow_skips_the_step(name, tiny, tmp_path, monkeypatch,
+                                                    after_each_step, two_layers):
+    """Every scaler starts far too high: its first steps are skipped, each halves it, and then the
+    network is trained. In SSKD the step is one of all networks."""
+    monkeypatch.setattr(ccsd, "GROUP_START", 0)
+    more = ["--epochs", "1", "--iters", "12", "--warm-up", "5", "--true-ids", "--precision", "fp16"]
+    if name == "sskd":
+        more += ["--source", str(draw(tmp_path / "source", train=6)), "--source-epochs", "1",
+                 "--source-iters", "12", "--nets", "2"]
+        more.remove("--warm-up"), more.remove("5")
+    scalers, updates, steps = first_scale(monkeypatch, 2. ** 20), [], []
+    update = torch.amp.grad_scaler.GradScaler.update
+    monkeypatch.setattr(torch.amp.grad_scaler.GradScaler, "update", lambda scaler: [
+        updates.append(scaler), update(scaler)])
+    after_each_step.append(steps.append)
+    scores = PAGES[name].main(short(tiny, tmp_path / "a", *more))
+    assert 0 < scores["mAP"] <= 1
+    skipped = {scaler: math.log2(2 ** 20 / scaler.get_scale()) for scaler in set(updates)}
+    assert set(scalers) == set(updates) and min(skipped.values()) >= 2, skipped
+    assert len(updates) - len(steps) == sum(skipped.values())
+    assert len(steps) >= 2 * len(scalers)
+
+
+# ----------------------------------------------------------------------------- kernels and memory
+
+WHEEL = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]    # of torch 2.14 for CUDA 13.0
+
+
+@pytest.mark.parametrize("capability, archs, works", [
+    ((7, 0), WHEEL, False), ((6, 0), WHEEL, False), ((6, 1), WHEEL, False), ((7, 5), WHEEL, True),
+    ((8, 0), WHEEL, True), ((8, 9), WHEEL, True), ((9, 0), WHEEL, True), ((12, 1), WHEEL, True),
+    ((8, 0), ["sm_86"], False), ((11, 0), WHEEL, False), ((13, 0), [*WHEEL, "compute_120"], True),
+    ((7, 0), ["sm_75", "compute_75"], False), ((9, 0), ["sm_90a"], True),
+    ((7, 0), ["sm_50", "sm_60", "sm_70"], True), ((9, 4), ["gfx942"], True), ((7, 0), [], True)])
+def test_a_card_without_kernels_is_one_line(capability, archs, works, tiny, tmp_path, monkeypatch,
+                                            capsys):
+    """Kernels of one major version run on its later minor ones; PTX runs on all later cards."""
+    for name, value in dict(is_available=True, device_count=1, get_arch_list=archs,
+                            get_device_capability=capability, get_device_name="Some GPU").items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    if works:
+        assert common.pick_device("auto") == CUDA
+        return
+    words = [*short(tiny, tmp_path), "--device", "auto"]
+    says = refusal(lambda: ccsd.main(words), capsys)
+    assert says.startswith(f"Some GPU has compute capability {'.'.join(map(str, capability))}, but")
+    assert "--device cpu" in says and "whl/cu126" in says
+
+
+OUT_OF_MEMORY = [  # as public issue threads quote them
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 7.79 GiB",
+    "CUDA error: out of memory", "HIP out of memory. Tried to allocate 1.16 GiB",
+    "MPS backend out of memory (MPS allocated: 5.56 GB, max allowed: 6.80 GB).",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
+    "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
+    "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED",
+    "Unable to find a valid cuDNN algorithm to run convolution",
+    "GET was unable to find an engine to execute this computation",
+    "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried",
+    "[enforce fail at alloc_cpu.cpp:81] data. DefaultCPUAllocator: not enough memory: you tried"]
+
+
+@pytest.mark.parametrize("words", [*OUT_OF_MEMORY, ""])
+def test_out_of_memory_in_all_its_words_is_one_line(words, capsys):
+    def fail():
+        raise RuntimeError(f"{words}\nmore lines") if words else MemoryError
+    says = refusal(fail, capsys)
+    assert says.startswith("out of memory") and "--recompute, with larger --bn-splits" in says
+    assert words[:80] in says and "more lines" not in says
+
+
+@pytest.mark.parametrize("words", ["CUDA error: device-side assert triggered",
+                                   "mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"])
+def test_other_errors_keep_their_traceback(words):
+    def fail():
+        raise RuntimeError(words)
+    with pytest.raises(RuntimeError, match=re.escape(words)):
+        common.run(fail)
