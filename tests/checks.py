@@ -3,7 +3,7 @@ on given inputs, look at its result, say what is wrong with it. No answers are h
 computes them, and copies this file into every hand-out.
 
 A point is (words, inputs, wanted). The first of the words is its kind: `shape`, `gradient` (of all
-inputs), or a name for values.
+inputs), or a name for values. A submission's process only calls; whoever grades looks.
 """
 
 import importlib
@@ -23,7 +23,7 @@ from scipy.sparse import csr_array
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, HERE)
 
-# ----------- how functions are called: -> array or arrays, or a dict with one for each kind of point
+# -------------------------------------------------------- how functions are called -> array, arrays
 
 
 def sparse(dense):
@@ -54,36 +54,13 @@ def follow(function, slow, fast, alpha):
 
 
 def pk_batches(function, labels, cams, p, k, iters):
-    """What is true of the batches, whatever was drawn."""
-    y, v, runs = labels.numpy(), cams.numpy(), []
+    """Twice with one seed, then with another -> (3, iters, p k)."""
+    runs = []
     for seed in (1, 1, 2):
-        batches = function(y, v, p, k, iters, torch.Generator().manual_seed(seed))
-        runs.append(np.array([np.asarray(x) for x in itertools.islice(batches, iters + 1)]))
-    rows = runs[0].reshape(-1, k)                                                 # (iters p, k)
-    label, turn = y[rows[:, 0]], len({*y[y >= 0]}) // p * p
-    away = [np.flatnonzero((y == y[i]) & (v != v[i])) for i in rows[:, 0]]
-    return dict(
-        shape=runs[0], labels=(y[rows] == label[:, None]).all(1) & (label >= 0),
-        turns=[len({*label[i:i + turn]}) == turn for i in range(0, len(label), turn)],
-        cameras=[len(x) == 0 or {*row[1:]} <= {*x} for x, row in zip(away, rows)],
-        repeats=[len(x) < k - 1 or len({*row[1:]}) == k - 1 for x, row in zip(away, rows)],
-        generator=[np.array_equal(*runs[:2]), not np.array_equal(*runs[1:])])
-
-
-def jaccard_distance(function, *inputs):
-    distance = pairs(function(*inputs))
-    return dict(shape=distance, zeros=distance, values=np.where(distance > 1e-6, distance, 1))
-
-
-def split_by_camera(function, labels, cams):
-    """Groups may be numbered in any order: they are judged by their cluster and camera."""
-    labels, cams = labels.numpy(), cams.numpy()
-    result = groups, parent, camera, table = [*map(np.asarray, function(labels, cams))]
-    y, v = labels[labels >= 0], cams[labels >= 0]
-    name = 100 * parent + camera
-    return dict(shape=tuple(result), groups=name[groups[labels >= 0]] == 100 * y + v,
-                outliers=groups[labels < 0] == -1, table=name[table[y, v]] == 100 * y + v,
-                unseen=table >= 0)
+        generator = torch.Generator().manual_seed(seed)
+        batches = function(labels.numpy(), cams.numpy(), p, k, iters, generator)
+        runs.append([np.asarray(x) for x in itertools.islice(batches, iters + 1)])
+    return np.array(runs)
 
 
 def mixed_distance(function, *inputs):
@@ -107,68 +84,102 @@ def soft_labels(function, weights, views, classifiers, means, index, temp):
 CALLS = {
     "common.cluster_means": lambda f, x, labels: f(x, labels.numpy()),
     "common.GeM": lambda f, x, p: torch.func.functional_call(f(), {"p": p}, (x,)),
-    "common.average_precision": lambda f, *inputs: (
-        lambda AP, first: dict(shape=(AP, first), values=AP, first=first))(*f(*inputs)),
-    "common.jaccard_distance": jaccard_distance,
+    "common.jaccard_distance": lambda f, *inputs: pairs(f(*inputs)),
     "common.update_memory": update_memory, "common.pk_batches": pk_batches,
-    "ccsd.split_by_camera": split_by_camera, "mskd.mixed_distance": mixed_distance,
+    "ccsd.split_by_camera": lambda f, labels, cams: f(labels.numpy(), cams.numpy()),
+    "mskd.mixed_distance": mixed_distance,
     "sskd.adaptive_eps": lambda f, distance, rho: f(sparse(distance), rho),
     "sskd.soft_labels": soft_labels, "sskd.follow": follow}
 
-# ------------------------------------------------------------------------------ looking and judging
-
 
 def observe(name, words, inputs):
-    """Call PAGE.FUNCTION of the pages beside this file -> dict: shape and values of its results, or
-    of the gradients of their weighted sum; or the error."""
+    """Call PAGE.FUNCTION of the pages beside this file -> dict: arrays, its results as lists, or
+    the gradients of their weighted sum; or the error."""
     page, function = name.split(".")
-    kind, inputs = words.split(":")[0], [x.clone() if torch.is_tensor(x) else x for x in inputs]
-    leaves = [x.requires_grad_() for x in inputs if kind == "gradient" and torch.is_tensor(x)
-              and x.is_floating_point()]
+    inputs = [x.clone() if torch.is_tensor(x) else x for x in inputs]
+    leaves = [x.requires_grad_() for x in inputs if words.startswith("gradient")
+              and torch.is_tensor(x) and x.is_floating_point()]
     try:
         function = getattr(importlib.import_module(page), function)
         result = CALLS.get(name, lambda f, *inputs: f(*inputs))(function, *inputs)
-        if isinstance(result, dict):
-            result = result[kind if kind in result else "values"]
         result = result if isinstance(result, tuple) else (result,)
         if leaves:
             total = sum((x.flatten() * torch.linspace(1, 2, x.numel())).sum() for x in result
                         if torch.is_tensor(x) and x.requires_grad)
             result = torch.autograd.grad(total + sum(0 * x.sum() for x in leaves), leaves)
         arrays = [np.asarray(x.detach() if torch.is_tensor(x) else x) for x in result]
-        return dict(shape=[list(x.shape) for x in arrays],
-                    values=[x for array in arrays for x in array.ravel().tolist()])
+        return dict(arrays=[x.tolist() for x in arrays])
     except (Exception, SystemExit) as error:
         if isinstance(error, NotImplementedError) and str(error).startswith(name):
             return dict(error="still a blank")
         frames = [x for x in traceback.extract_tb(error.__traceback__)
                   if os.path.dirname(x.filename) == HERE]
         where = "".join(f" ({os.path.basename(x.filename)}, line {x.lineno})" for x in frames[-1:])
-        message = " ".join(str(error).split())[:150]
-        return dict(error=f"raised {type(error).__name__}: {message}{where}")
+        return dict(error=f"raised {type(error).__name__}: {' '.join(str(error).split())}{where}")
 
 
-def complaint(words, seen, wanted):
+# ------------------------------------ looking: the arrays of a function -> those of a kind of point
+
+
+def batches(kind, arrays, labels, cams, p, k, iters):
+    """What is true of the batches, whatever was drawn."""
+    y, v, (runs,) = labels.numpy(), cams.numpy(), arrays
+    if kind in ("shape", "generator"):
+        return [runs[0]] if kind == "shape" else [
+            np.array_equal(*runs[:2]), not np.array_equal(*runs[1:])]
+    rows = runs[0].reshape(-1, k)                                                 # (iters p, k)
+    label, turn = y[rows[:, 0]], len({*y[y >= 0]}) // p * p
+    away = [np.flatnonzero((y == y[i]) & (v != v[i])) for i in rows[:, 0]]
+    return [dict(
+        labels=(y[rows] == label[:, None]).all(1) & (label >= 0),
+        turns=[len({*label[i:i + turn]}) == turn for i in range(0, len(label), turn)],
+        cameras=[len(x) == 0 or {*row[1:]} <= {*x} for x, row in zip(away, rows)],
+        repeats=[len(x) < k - 1 or len({*row[1:]}) == k - 1 for x, row in zip(away, rows)])[kind]]
+
+
+def groups(kind, arrays, labels, cams):
+    """Groups may be numbered in any order: they are judged by their cluster and camera."""
+    if kind == "shape":
+        return arrays
+    y, v, (group, parent, camera, table) = labels.numpy(), cams.numpy(), arrays
+    valid, name = y >= 0, 100 * parent + camera
+    right = (100 * y + v)[valid]
+    return [dict(groups=name[group[valid]] == right, outliers=group[~valid] == -1,
+                 table=name[table[y[valid], v[valid]]] == right, unseen=table >= 0)[kind]]
+
+
+LOOKS = {
+    "common.pk_batches": batches, "ccsd.split_by_camera": groups,
+    "common.average_precision": lambda kind, arrays, *_: (
+        arrays if kind == "shape" else arrays[kind == "first":][:1]),
+    "common.jaccard_distance": lambda kind, arrays, *_: (  # small ones count in `zeros` only
+        arrays if kind in ("shape", "zeros") else [np.where(arrays[0] > 1e-5, arrays[0], 1)])}
+
+
+def complaint(name, words, inputs, seen, wanted):
     """-> "" or what is wrong, in words for a student. `seen` may be anything."""
     kind = words.split(":")[0]
     try:
-        error = seen.get("error", "")
+        error = seen.get("error", "")[:200]
         if "error" in wanted:  # a Problem
             right = error.startswith(wanted["error"].split(":")[0])
             return "" if right else f"{words} ({error or 'no error'})"
         if error:
             return f"{kind}: {error}"
-        if seen["shape"] != wanted["shape"]:
-            shapes = [", ".join(str(tuple(x)) for x in y["shape"]) for y in (seen, wanted)]
-            return f"{words} (shape {shapes[0]} instead of {shapes[1]})"
+        arrays = [[np.asarray(x) for x in y["arrays"]] for y in (seen, wanted)]
+        if name in LOOKS:
+            arrays = [LOOKS[name](kind, x, *inputs) for x in arrays]
+        shapes = [", ".join(str(np.shape(x)) for x in y) for y in arrays]
+        if shapes[0] != shapes[1]:
+            return f"{words} (shape {shapes[0][:99]} instead of {shapes[1]})"
         if kind == "shape":
             return ""
-        a, b = (np.array(x["values"], float) for x in (seen, wanted))
-        off = ~(np.abs(a - b) <= 1e-3 * np.abs(b) + 1e-4 * np.abs(b).max() + 1e-6)
+        a, b = (np.concatenate([np.ravel(x) for x in y]) for y in arrays)
+        off = ~(np.abs(a - 1. * b) <= 1e-3 * np.abs(b) + 1e-4 * np.abs(b).max() + 1e-6)
+        i = off.argmax()
+        number = "no" if b[i] is np.True_ else f"{a[i]:.4g} instead of {b[i]:.4g}"
     except Exception:  # whatever a stranger's process wrote
         return f"{words} (the result cannot be read)"
-    i = off.argmax()
-    number = "no" if wanted["values"][i] is True else f"{a[i]:.4g} instead of {b[i]:.4g}"
     places = f" in {off.sum()} of {len(b)} places" * (len(b) > 1)
     return f"{words} ({number}{places})" if off.any() else ""
 

@@ -350,7 +350,7 @@ def kinds(name, function, monkeypatch, seed=1):
     page, attribute = name.split(".")
     rows = handout.cases([name], seed)[name]
     monkeypatch.setattr(sys.modules[page], attribute, function)
-    points, wrong = handout.score(rows, [checks.observe(name, *row[:2]) for row in rows])
+    points, wrong = handout.score(name, rows, [checks.observe(name, *row[:2]) for row in rows])
     lost = {x.split(":")[0] for x in wrong}
     assert points in (0, len(rows) - len(wrong))
     return points, lost, wrong
