@@ -163,7 +163,7 @@ def complaint(name, words, inputs, seen, wanted):
         error = seen.get("error", "")[:200]
         if "error" in wanted:  # a Problem
             right = error.startswith(wanted["error"].split(":")[0])
-            return "" if right else f"{words} ({error or 'no error'})"
+            return "" if right else f"{kind}: {error}" if error else f"{words} (no error)"
         if error:
             return f"{kind}: {error}"
         arrays = [[np.asarray(x) for x in y["arrays"]] for y in (seen, wanted)]

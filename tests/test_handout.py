@@ -5,6 +5,7 @@ The answers below are slow and in float64; the mistakes are edits of their text.
 """
 
 import csv
+import functools
 import inspect
 import math
 import os
@@ -345,10 +346,15 @@ MISTAKES = {  # function: its text, what students write instead, the kinds of po
         ("/ low", "", "all")]}
 
 
+@functools.cache
+def cases(name, seed):
+    return handout.cases([name], seed)[name]
+
+
 def kinds(name, function, monkeypatch, seed=1):
     """-> the kinds of points that a function gets and loses in the place of a page's."""
     page, attribute = name.split(".")
-    rows = handout.cases([name], seed)[name]
+    rows = cases(name, seed)
     monkeypatch.setattr(sys.modules[page], attribute, function)
     points, wrong = handout.score(name, rows, [checks.observe(name, *row[:2]) for row in rows])
     lost = {x.split(":")[0] for x in wrong}
@@ -370,3 +376,13 @@ def mistaken(name, text, instead):
     space = dict(globals())
     exec(source.replace(text, instead), space)
     return space[function.__name__]
+
+
+@pytest.mark.parametrize("name", handout.BLANKS)
+def test_a_usual_mistake_costs_its_points_and_no_other(name, monkeypatch):
+    every = {words.split(":")[0] for words, *_ in cases(name, 1)}
+    assert len(MISTAKES[name]) >= 5
+    for text, instead, costs in MISTAKES[name]:
+        costs = every - ({"shape"} - {*costs.split()}) if "all" in costs else {*costs.split()}
+        _, lost, wrong = kinds(name, mistaken(name, text, instead), monkeypatch)
+        assert lost == costs, (text, instead, wrong)
