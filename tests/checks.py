@@ -124,17 +124,17 @@ def observe(name, words, inputs):
 def batches(kind, arrays, labels, cams, p, k, iters):
     """What is true of the batches, whatever was drawn."""
     y, v, (runs,) = labels.numpy(), cams.numpy(), arrays
-    if kind in ("shape", "generator"):
-        return [runs[0]] if kind == "shape" else [
-            np.array_equal(*runs[:2]), not np.array_equal(*runs[1:])]
-    rows = runs[0].reshape(-1, k)                                                 # (iters p, k)
+    if kind == "shape":
+        return [runs[0]]
+    rows = runs[0].reshape(iters * p, k)
     label, turn = y[rows[:, 0]], len({*y[y >= 0]}) // p * p
     away = [np.flatnonzero((y == y[i]) & (v != v[i])) for i in rows[:, 0]]
     return [dict(
         labels=(y[rows] == label[:, None]).all(1) & (label >= 0),
         turns=[len({*label[i:i + turn]}) == turn for i in range(0, len(label), turn)],
         cameras=[len(x) == 0 or {*row[1:]} <= {*x} for x, row in zip(away, rows)],
-        repeats=[len(x) < k - 1 or len({*row[1:]}) == k - 1 for x, row in zip(away, rows)])[kind]]
+        repeats=[len(x) < k - 1 or len({*row[1:]}) == k - 1 for x, row in zip(away, rows)],
+        generator=[np.array_equal(*runs[:2]), not np.array_equal(*runs[1:])])[kind]]
 
 
 def groups(kind, arrays, labels, cams):

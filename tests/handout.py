@@ -92,9 +92,9 @@ def common_cases(C):
            ("ties: of equal answers, the wrong ones come first", s.round(), right),
            ("ignored: answers at -inf come last", s.masked_fill(gone, -torch.inf), right))
     y, cams = torch.randperm(56) % 8 - 1, torch.randint(3, (56,))  # 7 labels and outliers
-    cams[y == 0], y[(y == 1).nonzero()[1:]] = 0, -1                # one camera; one image
+    cams[y == 0], y[(y == 1).nonzero()[1:]], y[0] = 0, -1, 2       # one camera; one image
     yield ("common.pk_batches", "turns: every label once before any repeats",
-           ("labels: k images of a label, one label after the other, no outlier", y, cams, 3, 3, 6),
+           ("labels: k images of a label, one label after the other, no outlier", y, cams, 3, 3, 2 * C),
            "cameras: the others come from other cameras than the first",
            "repeats: no image twice if there are enough", "generator: it alone draws, repeatably",
            ("Problem: fewer than p labels", y, cams, 8, 3, 1))

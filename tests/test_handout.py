@@ -19,7 +19,7 @@ import handout
 import numpy as np
 import pytest
 import torch
-from conftest import program, refusal
+from conftest import refusal, short
 from scipy.sparse import coo_array
 from torch import nn
 
@@ -378,6 +378,7 @@ def mistaken(name, text, instead):
     return space[function.__name__]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", handout.BLANKS)
 def test_a_usual_mistake_costs_its_points_and_no_other(name, monkeypatch):
     every = {words.split(":")[0] for words, *_ in cases(name, 1)}
@@ -386,3 +387,168 @@ def test_a_usual_mistake_costs_its_points_and_no_other(name, monkeypatch):
         costs = every - ({"shape"} - {*costs.split()}) if "all" in costs else {*costs.split()}
         _, lost, wrong = kinds(name, mistaken(name, text, instead), monkeypatch)
         assert lost == costs, (text, instead, wrong)
+
+
+# ------------------------------------------------------------------------- handed out and graded
+
+HEAD = """
+import math, os, shutil, sys
+import numpy as np
+import checks, common
+from scipy.sparse import coo_array
+"""
+
+
+def fill(folder, page, *answers):
+    """Write answers below the blanks of a page."""
+    path = os.path.join(folder, f"{page}.py")
+    top, *main = handout.read(path).partition("\nif __name__")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\n".join([top, HEAD, *answers, "".join(main)]))
+
+
+def bodies(name):
+    """-> the long lines of the code of a page's function."""
+    function = getattr(sys.modules[name.split(".")[0]], name.split(".")[1])
+    source = inspect.getsource(inspect.unwrap(getattr(function, "forward", function)))
+    return {row.strip() for row in source.replace(function.__doc__ or "-", "").split("\n")[1:]
+            if len(row.split("#")[0].strip()) > 50 and not row.startswith("def ")}
+
+
+def test_a_student_finds_no_answer_and_hears_what_is_wrong(tmp_path, tiny):
+    folder = tmp_path / "copy"
+    handout.main(["make", str(folder)])
+    texts = {path.relative_to(folder).as_posix(): handout.read(path)
+             for path in folder.rglob("*") if path.is_file() and path.suffix != ".bin"}
+    assert texts.keys() == {"README.md", "requirements.txt", ".gitignore", "LICENSE", "tests/toy.py",
+                            "tests/checks.py", "tests/test_assignment.py",
+                            *(f"{page}.py" for page in handout.PAGES)}
+    for name in ["ccsd.teacher_and_student", *handout.BLANKS]:
+        for row in bodies(name):
+            assert not any(row in text for text in texts.values()), (name, row)
+    stopped = subprocess.run([sys.executable, "ccsd.py", *short(tiny, "run")], cwd=folder,
+                             capture_output=True, text=True)
+    assert stopped.returncode == 2
+    assert stopped.stderr.splitlines()[-1].startswith("error: common.GeM: the p-th root")
+
+    wrong = MISTAKES["common.update_memory"][-1]                   # the order
+    fill(folder, "common", inspect.getsource(cluster_means),
+         inspect.getsource(update_memory).replace(*wrong[:2]))
+    tested = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests"], cwd=folder,
+                            capture_output=True, text=True).stdout
+    passed = sum(len(cases(f"common.{name}", 0)) for name in ("cluster_means", "update_memory")) - 1
+    blank = sum(len(cases(name, 0)) for name in handout.BLANKS) - passed - 1
+    assert f"{blank + 1} failed, {passed} passed" in tested
+    assert tested.count(": still a blank\n") == blank
+    assert "order: images change a row one after the other (" in tested
+
+
+NASTY = """
+def view_losses(f, memory, k, temp):
+    print("x" * 10**6)
+    return torch.stack([F.cross_entropy(a @ b.T / temp, k) for a, b in zip(f, memory)])
+
+def distillation_losses(f, t):                      # lies to the grader, deletes, ends
+    checks.observe = lambda *_: dict(arrays=[0.])
+    checks.complaint = lambda *_: ""
+    for words in ('["mskd.distillation_losses", 7]', '["other", null]', "[" * 9999, '"\\ud800"'):
+        for descriptor in range(3, 20):
+            try:
+                os.write(descriptor, words.encode() + b"\\n")
+            except OSError:
+                pass
+    shutil.rmtree(".", ignore_errors=True)
+    os.remove(CHECKOUT + "/ccsd.py")
+    shutil.rmtree(OTHER)
+    os._exit(0)
+"""
+
+
+def test_a_submission_costs_its_author_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    checkout, nasty, good = tmp_path / "ours", tmp_path / "nasty", tmp_path / "good"
+    for name in ("common.py", "ccsd.py", "mskd.py", "sskd.py", "tests/toy.py", "tests/checks.py",
+                 "tests/handout.md", "requirements.txt", ".gitignore", "LICENSE"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(os.path.join(handout.HERE, name), checkout / name)
+    monkeypatch.setattr(handout, "HERE", str(checkout))
+    blanks = ["--blank", "mskd.view_losses", "mskd.distillation_losses"]
+    for folder in (nasty, good):
+        handout.main(["make", str(folder), *blanks])
+    fill(nasty, "mskd", f"CHECKOUT, OTHER = {str(checkout)!r}, {str(good)!r}", NASTY)
+    fill(good, "mskd", inspect.getsource(view_losses), inspect.getsource(distillation_losses))
+    (nasty / "common.py").write_text(handout.read(nasty / "common.py").replace("2 ** 25", "9"))
+    (nasty / "tests" / "conftest.py").write_text("")
+    ours = handout.sources(checkout)
+    handout.main(["grade", "--no-toy", "nasty", "good", *blanks])
+    assert handout.sources(checkout) == ours and not good.exists()
+    with open("grades.csv", newline="", encoding="utf-8") as file:
+        first, bad, fine = csv.DictReader(file)
+    assert [x["folder"] for x in (first, bad, fine)] == [str(checkout), "nasty", "good"]
+    assert [x["points"] for x in (first, bad, fine)] == ["7", "4", "7"]
+    assert fine["wrong"] == "" and fine["changed files"] == "mskd.py"    # what fill() adds
+    assert bad["wrong"] == "mskd.distillation_losses: the process ended, exit code 0"
+    assert bad["changed files"] == (
+        f"common.py mskd.py tests/conftest.py and, while it ran, {checkout}")
+    assert "   4 of 7  nasty" in capsys.readouterr().out
+
+
+STAND_IN = """
+import json, os, sys, time
+
+def work():  # as in checks.py, but without torch, and each function is a line of code
+    todo = open("inputs.bin", "rb").read()
+    for name, line in %r.items():
+        if name.encode() in todo:
+            print(json.dumps([name, None]), flush=True)
+            exec(line)
+            print(json.dumps([name, [len(name)]]), flush=True)
+"""
+
+
+def test_a_process_that_ends_or_hangs_is_blamed_on_one_function(monkeypatch):
+    monkeypatch.setattr(handout, "LONGEST", 10**4)
+    ends = {"import os; os._exit(3)": "the process ended, exit code 3",
+            "sys.exit('bye')": "the process ended, exit code 1",
+            "time.sleep(999)": "not finished after 5 s",
+            "print('x' * 10**5, flush=True); time.sleep(999)": "printed more than 0 MB"}
+    if os.name != "nt":
+        ends["os.kill(os.getpid(), 9)"] = "the process ended, exit code -9"
+    lines = {f"page.{i}{i}": line for i, line in enumerate(["1", *ends, "2"])}
+    files = {"tests/checks.py": STAND_IN % lines}
+    seen = handout.answers(files, {name: [("words", [])] for name in lines}, 5)
+    assert {name: x[0] for name, x in seen.items()} == {
+        name: dict(error=ends[line]) if line in ends else 7 for name, line in lines.items()}
+    files = {"tests/checks.py": "1 / 0"}                           # before any function
+    seen = handout.answers(files, {name: [("words", [])] for name in lines}, 5)
+    assert all(x[0] == dict(error="the process ended, exit code 1") for x in seen.values())
+
+
+def test_what_comes_from_a_submission_may_be_anything():
+    name, rows = "mskd.view_losses", cases("mskd.view_losses", 1)
+    for thing in (None, 3, "x", [], {}, dict(error=3), dict(arrays=3), dict(arrays=[]),
+                  dict(arrays=[[[1], 2]]), dict(arrays=["x"]), dict(arrays=[[1e400, 2, None]]),
+                  dict(arrays=[[math.nan] * 3]), dict(shape=[[3]], values=[1, 2, 3])):
+        points, wrong = handout.score(name, rows, [thing] * len(rows))
+        assert points == 0 and all(isinstance(words, str) for words in wrong), thing
+
+
+def test_a_table_of_the_hand_out_s_arrays_gets_nothing():
+    """Nor does what is easy to guess: zeros of the right shape."""
+    for name in handout.BLANKS:
+        pasted = [wanted for *_, wanted in cases(name, 0)]
+        assert handout.score(name, cases(name, 1), pasted)[0] == 0, name
+        zeros = [dict(arrays=[(0 * np.asarray(x)).tolist() for x in wanted.get("arrays", ())])
+                 for *_, wanted in cases(name, 1)]
+        assert handout.score(name, cases(name, 1), zeros)[0] == 0, name
+
+
+def test_the_toy_run_is_scored_by_this_checkout(tmp_path, tiny, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("toy", "toy-source"):
+        shutil.copytree(tiny, tmp_path / "data" / name)
+    few = short("toy", "run", "--epochs", "1", "--warm-up", "1")
+    monkeypatch.setitem(handout.TOY, "ccsd", " ".join(few))
+    assert 0 < float(handout.toy_score(handout.python_files([]), "ccsd", 300)) <= 100
+    other = handout.toy_score({"ccsd.py": "raise SystemExit('no time')"}, "ccsd", 300)
+    assert other == "the process ended, exit code 1: no time"
