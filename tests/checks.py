@@ -129,8 +129,9 @@ def batches(kind, arrays, labels, cams, p, k, iters):
     rows = runs[0].reshape(iters * p, k)
     label, turn = y[rows[:, 0]], len({*y[y >= 0]}) // p * p
     away = [np.flatnonzero((y == y[i]) & (v != v[i])) for i in rows[:, 0]]
+    several = np.repeat([len({*x}) == p for x in label.reshape(iters, p)], p)
     return [dict(
-        labels=(y[rows] == label[:, None]).all(1) & (label >= 0),
+        labels=(y[rows] == label[:, None]).all(1) & (label >= 0) & several,
         turns=[len({*label[i:i + turn]}) == turn for i in range(0, len(label), turn)],
         cameras=[len(x) == 0 or {*row[1:]} <= {*x} for x, row in zip(away, rows)],
         repeats=[len(x) < k - 1 or len({*row[1:]}) == k - 1 for x, row in zip(away, rows)],

@@ -60,8 +60,8 @@ HELPERS = {"ccsd.distillation_loss": ["teacher_and_student"]}  # part of an answ
 LONGEST = 2**25  # bytes that a process may print
 PAGES = [*dict.fromkeys(name.split(".")[0] for name in BLANKS)]
 
-# --------------- cases: (function, (words of a point, *inputs), ...), see checks.py; a point that is
-# words alone has the inputs of the first; so has one more, of the shape
+# ------------ cases: (function, (words of a point, *inputs), ...), see checks.py; words alone have
+# the inputs of the first; so has one more point, of the shape
 
 
 def unit(*shape):
@@ -94,7 +94,7 @@ def common_cases(C):
     y, cams = torch.randperm(56) % 8 - 1, torch.randint(3, (56,))  # 7 labels and outliers
     cams[y == 0], y[(y == 1).nonzero()[1:]], y[0] = 0, -1, 2       # one camera; one image
     yield ("common.pk_batches", "turns: every label once before any repeats",
-           ("labels: k images of a label, one label after the other, no outlier", y, cams, 3, 3, 2 * C),
+           ("labels: p of them, k images of each in a row, no outlier", y, cams, 3, 3, 2 * C),
            "cameras: the others come from other cameras than the first",
            "repeats: no image twice if there are enough", "generator: it alone draws, repeatably",
            ("Problem: fewer than p labels", y, cams, 8, 3, 1))
@@ -182,8 +182,8 @@ def sskd_cases(C):
            ("values: each copy's softmax for its own view", *few, None, i, 1),
            ("temperature: logits are divided by --temp", *few, None, i, 3),
            ("cameras: the mean leaves the direction, the length stays", *few, means, i, 1))
-    y, close = torch.arange(16) // 4, 1 + .12 * torch.randn(16, 6)
-    x = unit(4, 6)[y] + .6 * torch.randn(16, 6)
+    y, close = torch.arange(4 * C) // 4, 1 + .12 * torch.randn(4 * C, 6)
+    x = unit(C, 6)[y] + .6 * torch.randn(4 * C, 6)
     solved, twins = x.clone(), close.clone()
     solved[:4], twins[1] = .1 * torch.randn(4, 6) - 9 * torch.eye(6)[5], 2 * close[0]
     yield ("sskd.multi_similarity_loss", ("values: where every pair is hard", close, y),

@@ -326,7 +326,8 @@ MISTAKES = {  # function: its text, what students write instead, the kinds of po
         ("every[:max(count, 1)]", "sorted(2 * every)[:max(count, 1)]", "values missing duplicates"),
         ("max(count, 1)", "count", "few"),
         ("if d > 1e-6", "if 1e-6 < d < 1", "missing"),
-        ("np.mean(every[:max(count, 1)])", "every[max(count, 1) - 1]", "values missing duplicates")],
+        ("np.mean(every[:max(count, 1)])",
+         "every[max(count, 1) - 1]", "values missing duplicates")],
     "sskd.soft_labels": [
         (" / args.temp", "", "temperature"),
         ("[1].detach()", "[1]", "gradient"),
@@ -420,9 +421,9 @@ def test_a_student_finds_no_answer_and_hears_what_is_wrong(tmp_path, tiny):
     handout.main(["make", str(folder)])
     texts = {path.relative_to(folder).as_posix(): handout.read(path)
              for path in folder.rglob("*") if path.is_file() and path.suffix != ".bin"}
-    assert texts.keys() == {"README.md", "requirements.txt", ".gitignore", "LICENSE", "tests/toy.py",
-                            "tests/checks.py", "tests/test_assignment.py",
-                            *(f"{page}.py" for page in handout.PAGES)}
+    assert texts.keys() == {
+        "README.md", "requirements.txt", ".gitignore", "LICENSE", "tests/toy.py", "tests/checks.py",
+        "tests/test_assignment.py", *(f"{page}.py" for page in handout.PAGES)}
     for name in ["ccsd.teacher_and_student", *handout.BLANKS]:
         for row in bodies(name):
             assert not any(row in text for text in texts.values()), (name, row)
@@ -443,7 +444,7 @@ def test_a_student_finds_no_answer_and_hears_what_is_wrong(tmp_path, tiny):
     assert "order: images change a row one after the other (" in tested
 
 
-NASTY = """
+NASTY = r"""
 def view_losses(f, memory, k, temp):
     print("x" * 10**6)
     return torch.stack([F.cross_entropy(a @ b.T / temp, k) for a, b in zip(f, memory)])
@@ -454,7 +455,7 @@ def distillation_losses(f, t):                      # lies to the grader, delete
     for words in ('["mskd.distillation_losses", 7]', '["other", null]', "[" * 9999, '"\\ud800"'):
         for descriptor in range(3, 20):
             try:
-                os.write(descriptor, words.encode() + b"\\n")
+                os.write(descriptor, words.encode() + b"\n")
             except OSError:
                 pass
     shutil.rmtree(".", ignore_errors=True)
@@ -481,13 +482,13 @@ def test_a_submission_costs_its_author_only(tmp_path, monkeypatch, capsys):
     (nasty / "tests" / "conftest.py").write_text("")
     ours = handout.sources(checkout)
     handout.main(["grade", "--no-toy", "nasty", "good", *blanks])
-    assert handout.sources(checkout) == ours and not good.exists()
     with open("grades.csv", newline="", encoding="utf-8") as file:
         first, bad, fine = csv.DictReader(file)
+    assert bad["wrong"] == "mskd.distillation_losses: the process ended, exit code 0"
+    assert handout.sources(checkout) == ours and not good.exists()
     assert [x["folder"] for x in (first, bad, fine)] == [str(checkout), "nasty", "good"]
     assert [x["points"] for x in (first, bad, fine)] == ["7", "4", "7"]
     assert fine["wrong"] == "" and fine["changed files"] == "mskd.py"    # what fill() adds
-    assert bad["wrong"] == "mskd.distillation_losses: the process ended, exit code 0"
     assert bad["changed files"] == (
         f"common.py mskd.py tests/conftest.py and, while it ran, {checkout}")
     assert "   4 of 7  nasty" in capsys.readouterr().out
