@@ -362,6 +362,7 @@ def toy_score(files, page, limit):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         write(place, files)
         for name in ("toy", "toy-source"):
+            common.load(name)  # draws it
             shutil.copytree(os.path.join("data", name), os.path.join(place, "data", name))
         run = [f"{page}.py", *TOY[page].split(), "--device", "cpu", "--out", "run"]
         lines, end = apart(place, run, limit)
@@ -382,8 +383,6 @@ def grade(folders, names, toy, limit):
     handed_in = {folder: sources(folder) for folder in (HERE, *folders)}  # before any of them runs
     given, expected, table = python_files(names), cases(names, seed=1), []
     pages = [page for page in TOY if toy and any(x.startswith(page) for x in names)]
-    for name in ("toy", "toy-source") if pages else ():
-        common.load(name)  # draws it
     for folder, files in handed_in.items():
         row, wrong, seen, ours = dict(folder=folder, points=0), [], {}, sources(HERE)
         files = {**given, **files, "tests/checks.py": given["tests/checks.py"]}

@@ -6,6 +6,7 @@ The answers below are slow and in float64; the mistakes are edits of their text.
 
 import csv
 import functools
+import importlib
 import inspect
 import math
 import os
@@ -19,7 +20,7 @@ import handout
 import numpy as np
 import pytest
 import torch
-from conftest import refusal, short
+from conftest import checkpoint, refusal, short
 from scipy.sparse import coo_array
 from torch import nn
 
@@ -544,12 +545,14 @@ def test_a_table_of_the_hand_out_s_arrays_gets_nothing():
         assert handout.score(name, cases(name, 1), zeros)[0] == 0, name
 
 
-def test_the_toy_run_is_scored_by_this_checkout(tmp_path, tiny, monkeypatch):
+def test_the_network_of_a_toy_run_is_scored_by_this_checkout(tmp_path, tiny, monkeypatch):
+    for page, flags in handout.TOY.items():
+        assert importlib.import_module(page).get_args(flags.split()).data == "toy"
     monkeypatch.chdir(tmp_path)
     for name in ("toy", "toy-source"):
         shutil.copytree(tiny, tmp_path / "data" / name)
-    few = short("toy", "run", "--epochs", "1", "--warm-up", "1")
-    monkeypatch.setitem(handout.TOY, "ccsd", " ".join(few))
-    assert 0 < float(handout.toy_score(handout.python_files([]), "ccsd", 300)) <= 100
+    checkpoint(tmp_path / "last.pt")
+    copy = "import os, shutil\nos.mkdir('run')\nshutil.copy(%r, 'run')" % str(tmp_path / "last.pt")
+    assert 0 < float(handout.toy_score({"ccsd.py": copy}, "ccsd", 300)) < 100
     other = handout.toy_score({"ccsd.py": "raise SystemExit('no time')"}, "ccsd", 300)
     assert other == "the process ended, exit code 1: no time"
