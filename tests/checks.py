@@ -161,7 +161,7 @@ def complaint(name, words, inputs, seen, wanted):
     """-> "" or what is wrong, in words for a student. `seen` may be anything."""
     kind = words.split(":")[0]
     try:
-        error = seen.get("error", "")[:200]
+        error = "".join(filter(str.isprintable, seen.get("error", "")))[:200]
         if "error" in wanted:  # a Problem
             right = error.startswith(wanted["error"].split(":")[0])
             return "" if right else f"{kind}: {error}" if error else f"{words} (no error)"

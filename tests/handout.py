@@ -372,7 +372,7 @@ def toy_score(files, page, limit):
             images = [common.read_images(part, *model.size) for part in test_set]
             return f"{100 * common.test(model, (*test_set, *images))['mAP']:.1f}"
         except Exception:  # a stranger's file
-            return f"{end}: {' '.join(lines[-1:])[-99:]}"
+            return f"{end}: {''.join(filter(str.isprintable, ''.join(lines[-1:])))[-99:]}"
 
 
 def grade(folders, names, toy, limit):

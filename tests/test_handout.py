@@ -20,7 +20,7 @@ import handout
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, refusal, short
+from conftest import checkpoint, short
 from scipy.sparse import coo_array
 from torch import nn
 
