@@ -428,6 +428,7 @@ def test_a_student_finds_no_answer_and_hears_what_is_wrong(tmp_path, tiny):
     for name in ["ccsd.teacher_and_student", *handout.BLANKS]:
         for row in bodies(name):
             assert not any(row in text for text in texts.values()), (name, row)
+    assert "@torch.no_grad()\ndef follow" not in texts["sskd.py"]    # half of the answer
     stopped = subprocess.run([sys.executable, "ccsd.py", *short(tiny, "run")], cwd=folder,
                              capture_output=True, text=True)
     assert stopped.returncode == 2
@@ -474,6 +475,8 @@ def test_a_submission_costs_its_author_only(tmp_path, monkeypatch, capsys):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(os.path.join(handout.HERE, name), checkout / name)
     monkeypatch.setattr(handout, "HERE", str(checkout))
+    draw, seeds = handout.cases, []
+    monkeypatch.setattr(handout, "cases", lambda x, seed: [seeds.append(seed), draw(x, seed)][1])
     blanks = ["--blank", "mskd.view_losses", "mskd.distillation_losses"]
     for folder in (nasty, good):
         handout.main(["make", str(folder), *blanks])
@@ -487,6 +490,7 @@ def test_a_submission_costs_its_author_only(tmp_path, monkeypatch, capsys):
         first, bad, fine = csv.DictReader(file)
     assert bad["wrong"] == "mskd.distillation_losses: the process ended, exit code 0"
     assert handout.sources(checkout) == ours and not good.exists()
+    assert seeds[:2] == [0, 0] and seeds[2] != 0                   # graded with other inputs
     assert [x["folder"] for x in (first, bad, fine)] == [str(checkout), "nasty", "good"]
     assert [x["points"] for x in (first, bad, fine)] == ["7", "4", "7"]
     assert fine["wrong"] == "" and fine["changed files"] == "mskd.py"    # what fill() adds
