@@ -361,14 +361,14 @@ def toy_score(files, page, limit):
     why there is none."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         write(place, files)
-        for name in ("toy", "toy-source"):
-            common.load(name)  # draws it
+        for name in ("toy-source", "toy"):
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                _, *test_set = common.load(name)  # draws it
             shutil.copytree(os.path.join("data", name), os.path.join(place, "data", name))
         run = [f"{page}.py", *TOY[page].split(), "--device", "cpu", "--out", "run"]
         lines, end = apart(place, run, limit)
         try:
             model, _ = common.load_encoder(os.path.join(place, "run", "last.pt"))
-            _, *test_set = common.load("toy")
             images = [common.read_images(part, *model.size) for part in test_set]
             return f"{100 * common.test(model, (*test_set, *images))['mAP']:.1f}"
         except Exception:  # a stranger's file

@@ -483,7 +483,9 @@ def test_a_submission_costs_its_author_only(tmp_path, monkeypatch, capsys):
     fill(nasty, "mskd", f"CHECKOUT, OTHER = {str(checkout)!r}, {str(good)!r}", NASTY)
     fill(good, "mskd", inspect.getsource(view_losses), inspect.getsource(distillation_losses))
     (nasty / "common.py").write_text(handout.read(nasty / "common.py").replace("2 ** 25", "9"))
-    (nasty / "tests" / "conftest.py").write_text("")
+    (nasty / "sskd.py").unlink()
+    for name in ("checks.py", "conftest.py"):
+        (nasty / "tests" / name).write_text("")
     ours = handout.sources(checkout)
     handout.main(["grade", "--no-toy", "nasty", "good", *blanks])
     with open("grades.csv", newline="", encoding="utf-8") as file:
@@ -494,8 +496,8 @@ def test_a_submission_costs_its_author_only(tmp_path, monkeypatch, capsys):
     assert [x["folder"] for x in (first, bad, fine)] == [str(checkout), "nasty", "good"]
     assert [x["points"] for x in (first, bad, fine)] == ["7", "4", "7"]
     assert fine["wrong"] == "" and fine["changed files"] == "mskd.py"    # what fill() adds
-    assert bad["changed files"] == (
-        f"common.py mskd.py tests/conftest.py and, while it ran, {checkout}")
+    assert bad["changed files"] == ("common.py mskd.py sskd.py tests/checks.py tests/conftest.py "
+                                    f"and, while it ran, {checkout}")
     assert "   4 of 7  nasty" in capsys.readouterr().out
 
 
