@@ -3,21 +3,26 @@ what several tests need to run, to watch and to read a program.
 """
 
 import contextlib
+import copy
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine, threads wait for each other
 
 import numpy as np
 import pytest
+import slow
 import torch
 import torch.nn.functional as F
 import toy
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (register_optimizer_step_post_hook,
+                                   register_optimizer_step_pre_hook)
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, HERE)
@@ -218,6 +223,158 @@ def watch(monkeypatch):
         monkeypatch.setattr(where, name, noted)
         return seen
     return start
+
+
+TOLD = ("seed_everything", "extract_features", "test", "warm_up", "dbscan", "pk_batches", "augment",
+        "forward", "update_memory")
+
+
+def kept(value):
+    """A copy of what a later step could change; of a network, with its weights and its mode."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if torch.is_tensor(value):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: kept(part) for key, part in value.items()}
+    return copy.deepcopy(value) if isinstance(value, nn.Module) else value
+
+
+@pytest.fixture
+def story(monkeypatch):
+    """-> a list that tells what a run does, in its order. Every call of a function in TOLD is a
+    namespace: its kind, its arguments as they were, its result; so is every draw of a batch
+    (index), every loss that is scaled (loss), every step of an optimiser (step), with the
+    parameters before it and after it, and every line of the log (line). Warm-up does nothing."""
+    told, inside = [], []
+
+    def tell(kind, **about):
+        if not inside:
+            told.append(SimpleNamespace(kind=kind, **about))
+            return told[-1]
+        return SimpleNamespace()
+
+    def spy(where, name, kind, call):
+        signature = inspect.signature(getattr(where, name))
+
+        def noted(*args, **more):
+            bound = signature.bind(*args, **more)
+            bound.apply_defaults()
+            about = tell(kind, objects=bound.arguments,
+                         **{key: kept(value) for key, value in bound.arguments.items()})
+            if kind == "test":
+                inside.append(1)  # what it calls is no step of ours
+            about.result = call(*args, **more)
+            if kind == "test":
+                inside.pop()
+            about.after = {key: kept(value) for key, value in bound.arguments.items()
+                           if torch.is_tensor(value)}
+            if torch.is_tensor(about.result):
+                about.grad, result = about.result.requires_grad, about.result
+                about.result = result.detach().clone()
+                return result
+            return about.result
+        monkeypatch.setattr(where, name, noted)
+
+    def drawn(*args, **more):
+        for index in draw_batches(*args, **more):
+            tell("index", index=index.clone())
+            yield index
+    draw_batches = common.pk_batches
+    for name in TOLD:
+        call = dict(pk_batches=drawn, warm_up=lambda *args, **more: None)
+        spy(common, name, name, call.get(name, getattr(common, name)))
+    spy(common.Log, "epoch", "line", common.Log.epoch)
+
+    class Scaler(torch.amp.GradScaler):
+        """Scales by 16 even in float32: an exact factor, which has to be taken back."""
+
+        def __init__(self, device, enabled):
+            tell("scaler", enabled=enabled)
+            super().__init__(device, init_scale=16., enabled=True)
+
+        def scale(self, loss):
+            tell("loss", value=loss.detach().clone())
+            return super().scale(loss)
+    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
+
+    def parameters(optimizer):
+        return [p for group in optimizer.param_groups for p in group["params"]]
+
+    def before(optimizer, *_):
+        tell("step", optimizer=type(optimizer), ids=[id(p) for p in parameters(optimizer)],
+             rates={group["lr"] for group in optimizer.param_groups},
+             before={id(p): p.detach().clone() for p in parameters(optimizer)},
+             grad={id(p): kept(p.grad) for p in parameters(optimizer)})
+
+    def after(optimizer, *_):
+        told[-1].after = {id(p): p.detach().clone() for p in parameters(optimizer)}
+    hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+    yield told
+    for hook in hooks:
+        hook.remove()
+
+
+def the_next(told, kind, why):
+    """Take the next event, which has to be of this kind; if not, the test says `why`."""
+    assert told, f"{why}, but the run has ended (no more {kind})"
+    event = told.pop(0)
+    assert event.kind == kind, f"{why} ({kind}), but {event.kind} comes"
+    return event
+
+
+def check_step(step, parameters, moments, lr, decay=5e-4):
+    """A step of Adam is that of the plain version. parameters: a list of (name, parameter, the
+    gradient it should get, in float64); moments: name -> those of slow.adam()."""
+    assert step.optimizer is torch.optim.Adam, "another optimiser than Adam"
+    assert sorted(step.ids) == sorted(id(p) for _, p, _ in parameters), (
+        "the optimiser does not train every parameter of the network, and nothing else")
+    assert len(step.rates) == 1 and step.rates.pop() == pytest.approx(lr, rel=1e-9, abs=1e-12), (
+        "another learning rate than the schedule's")
+    total = sum(float(g.square().sum()) for *_, g in parameters if g is not None) ** .5
+    for name, p, wanted in parameters:
+        got = step.grad[id(p)]
+        if wanted is None:
+            assert got is None, f"{name} gets a gradient"
+            continue
+        assert got is not None, f"no gradient reaches {name}"
+        error = float((got.double() - wanted).norm())
+        assert error < 1e-2 * float(wanted.norm()) + 1e-4 * total, (
+            f"the optimiser gets another gradient of {name} than that of the total loss of 5f "
+            f"(wrong by {error:.3g}, its length is {float(wanted.norm()):.3g})")
+        wanted = slow.adam(moments.setdefault(name, {}), step.before[id(p)].double(), got.double(),
+                           lr, decay)
+        error = float((step.after[id(p)].double() - wanted).abs().max())
+        assert error < 2e-3 * lr + 1e-6, f"{name} is not stepped as Adam with weight decay does"
+
+
+def stop_after(epoch, monkeypatch):
+    """The next run is interrupted, once, when it has written this epoch."""
+    write, stopped = common.Log.epoch, []
+
+    def once(log, *args, **more):
+        write(log, *args, **more)
+        if more.get("epoch") == epoch and not stopped:
+            stopped.append(epoch)
+            raise KeyboardInterrupt
+    monkeypatch.setattr(common.Log, "epoch", once)
+
+
+def change_clusters(change, monkeypatch):
+    """From now on change(n, labels) is what DBSCAN finds, labels in truth, in its n-th call."""
+    kind, count = common.DBSCAN, iter(range(99))
+
+    class Changed(kind):
+        def fit_predict(self, distance):
+            return change(next(count), super().fit_predict(distance))
+    monkeypatch.setattr(common, "DBSCAN", Changed)
+
+
+def collapse(calls):
+    """-> what change_clusters() needs: outliers alone in these calls."""
+    return lambda n, labels: np.full_like(labels, -1) if n in calls else labels
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ import pytest
 import slow
 import torch
 import torch.nn.functional as F
-from conftest import same_loss, short
+from conftest import (change_clusters, check_step, close, collapse, double, same_loss, same_weights, short,
+                      stop_after, the_next)
 
 import ccsd
 import common
@@ -67,6 +68,15 @@ def test_reassign_repairs_a_wrong_image_and_leaves_outliers():
     assert fixed[3] == -1 and (np.delete(fixed, 3) == np.delete(who, 3)).all()
 
 
+def plain_reassign(labels, cams, features):
+    """One round of N1: every image moves to the cluster whose mean in its camera is nearest."""
+    means = {(k, v): F.normalize(features[(labels == k) & (cams == v)].sum(0), dim=0)
+             for k, v in zip(labels.tolist(), cams.tolist()) if k >= 0}
+    nearest = [max((k for k, w in means if w == v), key=lambda k: (f @ means[k, v]).item())
+               for f, v in zip(features, cams.tolist())]
+    return np.where(labels >= 0, nearest, -1)
+
+
 def test_reassign_never_gets_less_compact():
     rng = np.random.default_rng(1)
     features = F.normalize(torch.randn(200, 6, generator=torch.Generator().manual_seed(0)))
@@ -81,12 +91,7 @@ def test_reassign_never_gets_less_compact():
         after = compactness(ccsd.reassign(labels, cams, features, rounds))
         assert after >= before - 1e-4
         before = after
-    once = labels.copy()  # one round, image by image
-    groups, parent, camera, _ = ccsd.split_by_camera(labels, cams)
-    means = common.cluster_means(features, groups)
-    for i in np.flatnonzero(labels >= 0):
-        mine = [g for g in range(len(parent)) if camera[g] == cams[i]]
-        once[i] = parent[max(mine, key=lambda g: (features[i] @ means[g]).item())]
+    once = plain_reassign(labels, cams, features)
     assert (ccsd.reassign(labels, cams, features, 1) == common.renumber(once)).all()
 
 
@@ -103,58 +108,70 @@ def test_recluster_drops_the_loose_image_and_keeps_the_parent():
     assert new[12] == -1
 
 
+def plain_intra(s, group, camera):
+    total = 0
+    for row, g in zip(s / TEMP, group):
+        own = [row[h] for h in range(len(camera)) if camera[h] == camera[g]]
+        total -= torch.log(row[g].exp() / sum(x.exp() for x in own))
+    return total / len(s)
+
+
 def test_intra_camera_loss(case):
     group, camera = tensors(case["groups"][case["batch"]], case["camera"])
     similar = case["features"][case["batch"]] @ case["means"].T
-
-    def looped(s):
-        total = 0
-        for row, g in zip(s / TEMP, group):
-            own = [row[h] for h in range(len(camera)) if camera[h] == camera[g]]
-            total -= torch.log(row[g].exp() / sum(x.exp() for x in own))
-        return total / len(s)
     same_loss("L_intra, cross-entropy over the groups of the image's own camera",
-              lambda s: ccsd.intra_camera_loss(s, group, camera, TEMP), looped, similar)
+              lambda s: ccsd.intra_camera_loss(s, group, camera, TEMP),
+              lambda s: plain_intra(s, group, camera), similar)
+
+
+def plain_cross(s, group, parent, negatives):
+    losses = []
+    for row, g in zip(s / TEMP, group):
+        positive = [row[h] for h in range(len(parent)) if parent[h] == parent[g] and h != g]
+        wrong = sorted((row[h] for h in range(len(parent)) if parent[h] != parent[g]),
+                       key=lambda x: -x.item())[:negatives]
+        if positive:
+            total = sum(x.exp() for x in positive + wrong)
+            losses.append(-sum(torch.log(x.exp() / total) for x in positive) / len(positive))
+    return sum(losses) / len(losses)
 
 
 @pytest.mark.parametrize("negatives", [1, 3, 50])
 def test_cross_camera_loss(case, negatives):
     group, parent = tensors(case["groups"][case["batch"]], case["parent"])
     similar = case["features"][case["batch"]] @ case["means"].T
-
-    def looped(s):
-        losses = []
-        for row, g in zip(s / TEMP, group):
-            positive = [row[h] for h in range(len(parent)) if parent[h] == parent[g] and h != g]
-            wrong = sorted((row[h] for h in range(len(parent)) if parent[h] != parent[g]),
-                           key=lambda x: -x.item())[:negatives]
-            if positive:
-                total = sum(x.exp() for x in positive + wrong)
-                losses.append(-sum(torch.log(x.exp() / total) for x in positive) / len(positive))
-        assert len(losses) < len(s)                                # cluster 3 has one camera only
-        return sum(losses) / len(losses)
+    assert (parent[group] == 3).any()                              # which has one camera only
     same_loss("L_cross, the cluster's groups in other cameras against the hardest of others",
-              lambda s: ccsd.cross_camera_loss(s, group, parent, TEMP, negatives), looped, similar)
+              lambda s: ccsd.cross_camera_loss(s, group, parent, TEMP, negatives),
+              lambda s: plain_cross(s, group, parent, negatives), similar)
+
+
+def test_cross_camera_loss_of_many_groups():
+    group, parent = torch.arange(6) * 11, torch.arange(70) // 2
+    same_loss("L_cross with the 50 hardest of 68 groups of other clusters",
+              lambda s: ccsd.cross_camera_loss(s, group, parent, TEMP),
+              lambda s: plain_cross(s, group, parent, 50), double(6, 70).tanh())
+
+
+def plain_kd(s, group, parent, camera, table):
+    losses = []
+    for row, g in zip(s, group):
+        v, divergences = camera[g], []
+        for w in range(table.shape[1]):
+            shared = [k for k in range(len(table)) if table[k, v] >= 0 and table[k, w] >= 0]
+            if w != v and len(shared) >= 2 and parent[g] in shared:
+                p = (row[table[shared, v]].detach() / TEMP).softmax(0)  # teacher: no gradient
+                q = (row[table[shared, w]] / TEMP).softmax(0)
+                divergences.append((p * (p.log() - q.log())).sum())
+        if divergences:
+            losses.append(sum(divergences) / len(divergences))
+    return sum(losses) / len(losses)
 
 
 def test_distillation_loss(case):
     group, parent, camera, table = tensors(case["groups"][case["batch"]], case["parent"],
                                            case["camera"], case["table"])
     similar = case["features"][case["batch"]] @ case["means"].T
-
-    def looped(s):
-        losses = []
-        for row, g in zip(s, group):
-            v, divergences = camera[g], []
-            for w in range(table.shape[1]):
-                shared = [k for k in range(len(table)) if table[k, v] >= 0 and table[k, w] >= 0]
-                if w != v and len(shared) >= 2 and parent[g] in shared:
-                    p = (row[table[shared, v]].detach() / TEMP).softmax(0)  # teacher: no gradient
-                    q = (row[table[shared, w]] / TEMP).softmax(0)
-                    divergences.append((p * (p.log() - q.log())).sum())
-            if divergences:
-                losses.append(sum(divergences) / len(divergences))
-        return sum(losses) / len(losses)
 
     def distil(s):
         return ccsd.distillation_loss(s, group, parent, camera, table, TEMP)
@@ -163,7 +180,7 @@ def test_distillation_loss(case):
     assert (grad[camera == camera[group][:, None]] == 0).all(), (
         "a gradient reaches the teacher: L_kd changes an image's similarities in its own camera")
     same_loss("L_kd, KL(teacher || student) over the clusters that both cameras see", distil,
-              looped, similar)
+              lambda s: plain_kd(s, group, parent, camera, table), similar)
 
 
 def test_losses_of_images_without_a_counterpart_are_zero():
@@ -178,28 +195,233 @@ def test_losses_of_images_without_a_counterpart_are_zero():
     assert loss.item() == 0 and torch.isfinite(similar.grad).all()
 
 
-def test_terms_agree_when_cameras_agree():
-    """If every camera's groups look the same, teacher and student say the same: L_kd is 0."""
-    table = torch.arange(8).view(4, 2)
-    similar = torch.rand(6, 4).repeat_interleave(2, 1)
-    camera, parent = torch.tensor([0, 1] * 4), torch.arange(4).repeat_interleave(2)
-    group = torch.randint(0, 8, (6,))
-    assert ccsd.distillation_loss(similar, group, parent, camera, table, TEMP).abs() < 1e-6
+# ------------------------------------------------------------------------------ the loop, as a whole
+# The epoch of the docstring once more: plain, in float64, an image at a time. FLAGS are chosen so
+# that no two mistakes look the same: every weight, temperature and momentum is another number.
+
+FLAGS = dict(refine="split", base=2, intra=3, cross=5, kd=7, temp=.08, momentum=.3, eps=.53, k1=8,
+             epochs=4, iters=2, lr=1e-3, lr_drop=0, bn_splits=2, eval_every=3, seed=5, warm_up=3)
+P, K = 4, 2
 
 
-def test_weights_of_the_terms_and_learning_rate(tiny, tmp_path, monkeypatch, watch,
-                                                after_each_step):
-    monkeypatch.setattr(ccsd, "GROUP_START", 1)                    # L_cross and L_kd: 1 epoch less
-    monkeypatch.setattr(common, "warm_up", lambda *args: None)
-    terms, rates = [watch(ccsd, f"{name}_loss") for name in
-                    ("intra_camera", "cross_camera", "distillation")], []
-    after_each_step.append(lambda optimizer: rates.append(optimizer.param_groups[0]["lr"]))
-    ccsd.main(short(tiny, tmp_path, "--intra", "3", "--cross", "5", "--kd", "7", "--lr", "1e-3",
-                    "--lr-drop", "0", "--epochs", "4", "--true-ids"))
-    grads = [[loss.grad.item() for _, loss in calls] for calls in terms]
-    assert grads == [[3] * 8, [5] * 6, [7] * 6], (
-        "not L_base + 3 L_intra in all epochs and 5 L_cross + 7 L_kd from the second on")
-    np.testing.assert_allclose(rates, .5e-3 + .5e-3 * np.cos(np.pi * np.arange(8) / 8))
+def words(folder, out, flags, *more):
+    given = (word for name, value in flags.items()
+             for word in (f"--{name.replace('_', '-')}", str(value)))
+    return short(folder, out, *given, *more)
+
+
+def plain_labels(features, cams, flags, centred):
+    """Steps 1 to 3 -> unrefined labels, labels. features (N, D): those of the network."""
+    f = slow.centre(features, cams) if centred else features
+    distance = slow.jaccard_distance(f, flags["k1"])
+    assert (abs(distance - flags["eps"]) > 5e-5).all()             # rounding decides nothing
+    unrefined = labels = slow.dbscan(distance, flags["eps"])
+    if flags["refine"] == "reassign":
+        unrefined = labels = mix(labels)
+        for _ in range(20):
+            labels = plain_reassign(labels, cams, f)
+    if flags["refine"] == "recluster":
+        group = labels * 100 + cams                                # in one group: equal numbers
+        distance[group[:, None] != group] = 1
+        loose = slow.dbscan(distance, .8 * flags["eps"], min_samples=2) < 0
+        labels = np.where(loose, -1, labels)
+    kept = sorted(set(labels.tolist()) - {-1})
+    return unrefined, np.array([kept.index(k) if k >= 0 else -1 for k in labels])
+
+
+def plain_memories(features, labels, cams):
+    """Step 4 -> a mean per cluster (C, D), the groups (k, v) and a mean of each (G, D)."""
+    groups = sorted({(k, v) for k, v in zip(labels.tolist(), cams.tolist()) if k >= 0})
+    of_image = np.array([groups.index((k, v)) if k >= 0 else -1
+                         for k, v in zip(labels.tolist(), cams.tolist())])
+    return slow.means(features, labels), groups, of_image, slow.means(features, of_image)
+
+
+def plain_terms(f, k, g, clusters, groups, memory, flags, started):
+    """5b to 5e -> the terms that are on. f (B, D) float64; k, g (B,); clusters, memory: step 4."""
+    similar, terms = f @ memory.T, {}
+    parent, camera = (torch.tensor(side) for side in zip(*groups))
+    table = torch.full((len(clusters), int(camera.max()) + 1), -1)
+    table[parent, camera] = torch.arange(len(groups))
+    if flags["base"]:
+        terms["base"] = slow.cross_entropy(f @ clusters.T / flags["temp"], k)
+    if flags["refine"] == "none":
+        return terms
+    if flags["intra"]:
+        terms["intra"] = plain_intra(similar, g, camera)
+    if flags["cross"] and started:
+        terms["cross"] = plain_cross(similar, g, parent, 50)
+    if flags["kd"] and started:
+        terms["kd"] = plain_kd(similar, g, parent, camera, table)
+    return terms
+
+
+RUNS = {  # what differs from FLAGS, further words, and when L_cross and L_kd start
+    "reassign, resumed": (dict(refine="reassign"), ["--resume"], 1),
+    "recluster": (dict(refine="recluster", lr_drop=3, eps=.62), [], 0),
+    "split, collapsed": (dict(base=0, epochs=5, eval_every=2), ["--on-collapse", "skip"], 1),
+    "no camera, not centred": (dict(refine="none", weights="given", eps=.55, k1=6, seed=6,
+                                    epochs=3), [], 0),
+    "true ids": (dict(intra=0, cross=0, epochs=2, lr_drop=1), ["--quick", "--true-ids"], 0),
+    "three terms": (dict(kd=0, epochs=2, iters=1, refine="reassign"), ["--on-collapse", "skip"], 0)}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_that_of_the_docstring(name, tiny, tmp_path, monkeypatch, two_layers, story):
+    """Every step of whole runs: what it starts from, its loss, all gradients, memories, Adam, log.
+    """
+    change, more, starts = RUNS[name]
+    flags = {**FLAGS, **change}
+    argv, random = words(tiny, tmp_path, flags, *more), flags.get("weights") != "given"
+    if name == "split, collapsed":
+        change_clusters(collapse({1, 3}), monkeypatch)
+    if flags["refine"] == "reassign":                              # there is something to repair
+        change_clusters(lambda n, labels: collapse({1} if "skip" in more else {})(n, mix(labels)),
+                        monkeypatch)
+    if name == "recluster":
+        monkeypatch.setattr(ccsd, "GROUP_START", 0)                # less than a quarter of the run
+    if name == "reassign, resumed":
+        stop_after(2, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            ccsd.main(argv)
+    result = ccsd.main(argv)
+    assert ccsd.main(argv) == result                               # nothing to do: tells nothing
+    follow(story, flags, more, starts, tiny, result, random)
+
+
+def mix(labels):
+    """Move every seventh image to another cluster."""
+    labels = labels.copy()
+    seventh = np.flatnonzero(labels >= 0)[::7]
+    labels[seventh] = (labels[seventh] + 1) % (labels.max() + 1)
+    return labels
+
+
+def follow(told, flags, more, starts, folder, result, random):
+    train = common.load(str(folder))[0]
+    uint8, cams = common.read_images(train, 64, 32), train.cams
+    resumed, skip = "--resume" in more, "skip" in more
+    labels, moments, final, draws = None, {}, {}, None
+
+    def begin():
+        assert the_next(told, "seed_everything", "a run is seeded first").seed == flags["seed"]
+        assert not the_next(told, "scaler", "then a scaler").enabled, "only fp16 is scaled"
+    begin()
+    if "--quick" not in more:
+        start = the_next(told, "test", "the untrained network is scored")
+    line = the_next(told, "line", "its scores are logged")
+    assert (line.title, line.scores) == ("start", {} if "--quick" in more else start.result)
+    if random:
+        warm = the_next(told, "warm_up", "from random weights, a warm-up W")
+        assert torch.equal(warm.images, uint8) and (warm.cams == cams).all()
+        assert warm.epochs == (flags["warm_up"])
+        score = the_next(told, "test", "the warmed-up network is scored")
+        line = the_next(told, "line", "its scores are logged")
+        assert (line.title, line.scores) == ("warmed up", score.result)
+    for epoch in range(flags["epochs"]):
+        if resumed and epoch == 2:
+            begin()
+
+        # 1 to 4
+        seen = the_next(told, "extract_features", "step 1: features of all training images")
+        assert torch.equal(seen.images, uint8), "not the training images as they are"
+        if final:
+            same_weights(dict(seen.model.named_parameters()), final, "step 1 is of another network")
+        features = slow.encode(seen.model.double().eval(), common.normalise(uint8))[2][0].detach()
+        close(seen.result.double(), features, "step 1: not the current network's features in "
+              "evaluation mode, without augmentation", atol=1e-4, rtol=0)
+        features = seen.result.double()
+        last = labels
+        if "--true-ids" in more:
+            unrefined = labels = train.pids - 1
+        else:
+            clustered = the_next(told, "dbscan", "step 2: DBSCAN")
+            assert clustered.at_least == P, "a batch needs P clusters"
+            if not skip:
+                assert clustered.instead is None, "--on-collapse stop goes on with old labels"
+            if skip and last is not None and clustered.result is clustered.objects["instead"]:
+                unrefined = labels
+            else:
+                unrefined, labels = plain_labels(features, cams, flags, random)
+            if flags["refine"].startswith("re") and epoch == 0:
+                assert (labels != unrefined).any()                 # this run can tell
+            if flags["refine"] == "recluster":
+                the_next(told, "dbscan", "step 3: DBSCAN within each group")
+            assert (clustered.result == unrefined).all(), (
+                "step 2: other labels than DBSCAN on the Jaccard distance of the "
+                + ("centred " * random) + "features")
+        clusters, groups, of_image, memory = plain_memories(features, labels, cams)
+        assert len(groups) > len(clusters) or not random           # memories of different sizes
+        drawn = the_next(told, "pk_batches", "step 5 draws batches")
+        assert (drawn.labels == labels).all(), (
+            f"batches are not drawn by the labels of step 3 ({flags['refine']})")
+        assert (drawn.cams == cams).all() and (drawn.p, drawn.k, drawn.iters) == (
+            P, K, flags["iters"]), "not P clusters x K images, or another number of batches"
+        if final:
+            assert torch.equal(drawn.generator, draws), "random numbers start anew"
+
+        # 5
+        sums = {}
+        for step in range(flags["iters"]):
+            index = the_next(told, "index", "a batch is drawn").index
+            made = the_next(told, "augment", "5a: augmented images")
+            assert torch.equal(made.images, uint8[index]), "5a: not the images of the batch"
+            assert (made.jitter, made.erase, made.pad) == (.5 * random, .5, None), (
+                "5a: colours are jittered if, and only if, the network starts from random weights")
+            ran = the_next(told, "forward", "5a: the network sees the batch")
+            assert torch.equal(ran.images, made.result), "5a: not the augmented images"
+            assert ran.model.training, "5a: not in training mode"
+            assert ran.grad and not ran.inside and ran.splits == flags["bn_splits"]
+            net, k, g = ran.model.double(), *tensors(labels[index], of_image[index])
+            f = slow.encode(net, made.result, flags["bn_splits"])[2][0]
+            terms = plain_terms(f, k, g, clusters, groups, memory, flags, epoch >= starts)
+            total = sum(flags[name] * term for name, term in terms.items())
+            for name, term in terms.items():
+                assert abs(term.item()) > 1e-3
+                sums[name] = sums.get(name, 0) + term.item() / flags["iters"]
+            loss = the_next(told, "loss", "5f: the total loss")
+            assert loss.value.item() == pytest.approx(total.item(), rel=1e-3), (
+                "5f: another total loss than L_base + L_intra + a L_cross + b L_kd, weighted")
+            learning = [p for p in net.parameters() if p.requires_grad]
+            wanted = iter(torch.autograd.grad(total, learning))
+            own = dict(ran.objects["model"].named_parameters())
+            cosine = .5 + .5 * np.cos(
+                np.pi * (epoch * flags["iters"] + step) / (flags["epochs"] * flags["iters"]))
+            drop = flags["lr_drop"]
+            stepped = the_next(told, "step", "5f: a step of the optimiser")
+            check_step(stepped, [
+                (name, p, next(wanted) if p.requires_grad else None)
+                for name, p in own.items()], moments,
+                flags["lr"] * (.1 ** (epoch // drop) if drop else cosine))
+            f = f.detach()
+            clusters = slow.update_memory(clusters, f, k, flags["momentum"])
+            updated = [the_next(told, "update_memory", "5g: memories")]
+            if flags["refine"] != "none":
+                memory = slow.update_memory(memory, f, g, .2)
+                updated.append(the_next(told, "update_memory", "5g: two memories"))
+            for update in updated:
+                wanted = clusters if len(update.memory) == len(clusters) else memory
+                close(update.after["memory"].double(), wanted, "5g: another memory than mu m + "
+                      "(1 - mu) f of the batch", atol=1e-4, rtol=0)
+
+        # 6
+        final = {name: stepped.after[id(p)] for name, p in own.items()}
+        due = (epoch + 1) % flags["eval_every"] == 0 or epoch + 1 == flags["epochs"]
+        if due:
+            score = the_next(told, "test", "step 6: scores")
+            same_weights(dict(score.model.named_parameters()), final, "scores of another network")
+        scores = score.result if due else {}
+        line = the_next(told, "line", "step 6: a line of the log")
+        assert (line.epoch, line.scores) == (epoch + 1, scores), "scores at another epoch"
+        assert line.title == f"epoch {epoch + 1}/{flags['epochs']}"
+        assert line.quality == common.label_quality(labels, train.pids), "quality of other labels"
+        assert line.more["unrefined_ARI"] == common.label_quality(unrefined, train.pids)["ARI"]
+        assert line.losses == pytest.approx(sums, rel=1e-3), "logged losses are not the means"
+        assert (line.keep["labels"] == labels).all()
+        same_weights(dict(line.keep["model"].named_parameters()), final, "another network is kept")
+        draws = line.keep["generator"]
+    assert not told, f"more happens: {told[0].kind}"
+    assert result == scores and len(result) == 5
 
 
 def test_settings_and_flags():
