@@ -325,6 +325,104 @@ def the_next(told, kind, why):
     return event
 
 
+def check_start(told, flags, images, cams):
+    """Step 0 -> the network that is scored first, or None with --quick. flags: seed, warm_up,
+    weights (none, if not there) and quick."""
+    check_seed(told, flags)
+    first = None
+    if not flags.get("quick"):
+        first = the_next(told, "test", "the untrained network is scored")
+    line = the_next(told, "line", "its scores are logged")
+    assert (line.title, line.scores) == ("start", first.result if first else {})
+    if "weights" not in flags:
+        warm = the_next(told, "warm_up", "from random weights, a warm-up W")
+        assert torch.equal(warm.images, images) and (warm.cams == cams).all()
+        assert warm.epochs == flags["warm_up"]
+        score = the_next(told, "test", "the warmed-up network is scored")
+        line = the_next(told, "line", "its scores are logged")
+        assert (line.title, line.scores) == ("warmed up", score.result)
+    return first and first.model
+
+
+def check_seed(told, flags):
+    assert the_next(told, "seed_everything", "a run is seeded first").seed == flags["seed"]
+    assert not the_next(told, "scaler", "then its scaler").enabled, "only fp16 is scaled"
+
+
+def check_scaler(told, run, monkeypatch):
+    """A run with --precision fp16 scales its gradients. Others: check_seed()."""
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(common, "test", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert [event.enabled for event in told if event.kind == "scaler"][-1], "fp16 is not scaled"
+
+
+def check_features(told, images, trained):
+    """Step 1 -> features (1 + parts, N, D) in float64. trained: name -> parameter, if not {}: the
+    network that they are of."""
+    seen = the_next(told, "extract_features", "step 1: features of all training images")
+    assert torch.equal(seen.images, images), "step 1: not the training images as they are"
+    if trained:
+        same_weights(dict(seen.model.named_parameters()), trained, "step 1 is of another network")
+    wanted = slow.encode(seen.model.double().eval(), common.normalise(images))[2].detach()
+    found = seen.result.double().view_as(wanted)
+    close(found, wanted, "step 1: not the network's features in evaluation mode, without "
+          "augmentation", atol=1e-4, rtol=0)
+    return found
+
+
+def check_view(told, index, images, random):
+    """5a -> a view of a batch: the images of index, augmented."""
+    made = the_next(told, "augment", "5a: augmented images")
+    assert torch.equal(made.images, images[index]), "5a: not the images of the batch"
+    assert (made.jitter, made.erase, made.pad) == (.5 * random, .5, None), (
+        "5a: colours are jittered if, and only if, the network starts from random weights")
+    return made.result
+
+
+def check_forward(told, view, splits, inside=False):
+    """5a -> the call: a network in training mode sees a view, in chunks."""
+    ran = the_next(told, "forward", "5a: the network sees the batch")
+    assert torch.equal(ran.images, view), "5a: not the augmented images"
+    assert ran.model.training, "5a: not in training mode"
+    assert ran.splits == splits, "5a: batch norm sees other chunks than --bn-splits says"
+    assert ran.inside == inside
+    return ran
+
+
+def learning(ran, net, total, **more):
+    """What check_step() needs: (name, parameter, gradient of the total loss) of a network that ran
+    and its copy in float64."""
+    wanted = iter(torch.autograd.grad(total, [p for p in net.parameters() if p.requires_grad],
+                                      **more))
+    return [(name, p, next(wanted) if p.requires_grad else None)
+            for name, p in ran.objects["model"].named_parameters()]
+
+
+def rate(flags, turn, turns, step, iters):
+    """The learning rate of a step in the turn-th of all epochs."""
+    if flags["lr_drop"]:
+        return flags["lr"] * .1 ** (turn // flags["lr_drop"])
+    return flags["lr"] * (1 + np.cos(np.pi * (turn * iters + step) / (turns * iters))) / 2
+
+
+def check_line(told, flags, epoch, trained, labels, means):
+    """Step 6 -> the line. trained: name -> parameter; means: of the losses of the epoch."""
+    scores = {}
+    if (epoch + 1) % flags["eval_every"] == 0 or epoch + 1 == flags["epochs"]:
+        score = the_next(told, "test", "step 6: scores")
+        same_weights(dict(score.model.named_parameters()), trained, "scores of another network")
+        scores = score.result
+    line = the_next(told, "line", "step 6: a line of the log")
+    assert (line.epoch, line.scores) == (epoch + 1, scores), "scores at another epoch"
+    assert line.losses == pytest.approx(means, rel=1e-3), "logged losses are not the means"
+    assert (line.keep["labels"] == labels).all(), "other labels are kept"
+    same_weights(dict(line.keep["model"].named_parameters()), trained, "another network is kept")
+    return line
+
+
 def check_step(step, parameters, moments, lr, decay=5e-4):
     """A step of Adam is that of the plain version. parameters: a list of (name, parameter, the
     gradient it should get, in float64); moments: name -> those of slow.adam()."""

@@ -7,8 +7,9 @@ import pytest
 import slow
 import torch
 import torch.nn.functional as F
-from conftest import (change_clusters, check_step, close, collapse, double, same_loss, same_weights, short,
-                      stop_after, the_next)
+from conftest import (change_clusters, check_features, check_forward, check_line, check_scaler,
+                      check_seed, check_start, check_step, check_view, close, collapse, double, learning,
+                      rate, same_loss, short, stop_after, the_next)
 
 import ccsd
 import common
@@ -257,13 +258,12 @@ def plain_terms(f, k, g, clusters, groups, memory, flags, started):
 
 
 RUNS = {  # what differs from FLAGS, further words, and when L_cross and L_kd start
-    "reassign, resumed": (dict(refine="reassign"), ["--resume"], 1),
+    "reassign, resumed": (dict(refine="reassign"), ["--resume", "--on-collapse", "skip"], 1),
     "recluster": (dict(refine="recluster", lr_drop=3, eps=.62), [], 0),
-    "split, collapsed": (dict(base=0, epochs=5, eval_every=2), ["--on-collapse", "skip"], 1),
+    "split, collapsed": (dict(base=0, kd=0, epochs=5, eval_every=2), ["--on-collapse", "skip"], 1),
     "no camera, not centred": (dict(refine="none", weights="given", eps=.55, k1=6, seed=6,
                                     epochs=3), [], 0),
-    "true ids": (dict(intra=0, cross=0, epochs=2, lr_drop=1), ["--quick", "--true-ids"], 0),
-    "three terms": (dict(kd=0, epochs=2, iters=1, refine="reassign"), ["--on-collapse", "skip"], 0)}
+    "true ids": (dict(intra=0, cross=0, epochs=2, lr_drop=1), ["--quick", "--true-ids"], 0)}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -272,21 +272,19 @@ def test_a_run_is_that_of_the_docstring(name, tiny, tmp_path, monkeypatch, two_l
     """
     change, more, starts = RUNS[name]
     flags = {**FLAGS, **change}
-    argv, random = words(tiny, tmp_path, flags, *more), flags.get("weights") != "given"
+    argv = words(tiny, tmp_path, flags, *more)
     if name == "split, collapsed":
         change_clusters(collapse({1, 3}), monkeypatch)
-    if flags["refine"] == "reassign":                              # there is something to repair
-        change_clusters(lambda n, labels: collapse({1} if "skip" in more else {})(n, mix(labels)),
-                        monkeypatch)
     if name == "recluster":
         monkeypatch.setattr(ccsd, "GROUP_START", 0)                # less than a quarter of the run
     if name == "reassign, resumed":
+        change_clusters(lambda n, labels: collapse({2})(n, mix(labels)), monkeypatch)
         stop_after(2, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             ccsd.main(argv)
     result = ccsd.main(argv)
     assert ccsd.main(argv) == result                               # nothing to do: tells nothing
-    follow(story, flags, more, starts, tiny, result, random)
+    follow(story, flags, more, starts, tiny, result)
 
 
 def mix(labels):
@@ -297,40 +295,18 @@ def mix(labels):
     return labels
 
 
-def follow(told, flags, more, starts, folder, result, random):
+def follow(told, flags, more, starts, folder, result):
     train = common.load(str(folder))[0]
-    uint8, cams = common.read_images(train, 64, 32), train.cams
-    resumed, skip = "--resume" in more, "skip" in more
-    labels, moments, final, draws = None, {}, {}, None
-
-    def begin():
-        assert the_next(told, "seed_everything", "a run is seeded first").seed == flags["seed"]
-        assert not the_next(told, "scaler", "then a scaler").enabled, "only fp16 is scaled"
-    begin()
-    if "--quick" not in more:
-        start = the_next(told, "test", "the untrained network is scored")
-    line = the_next(told, "line", "its scores are logged")
-    assert (line.title, line.scores) == ("start", {} if "--quick" in more else start.result)
-    if random:
-        warm = the_next(told, "warm_up", "from random weights, a warm-up W")
-        assert torch.equal(warm.images, uint8) and (warm.cams == cams).all()
-        assert warm.epochs == (flags["warm_up"])
-        score = the_next(told, "test", "the warmed-up network is scored")
-        line = the_next(told, "line", "its scores are logged")
-        assert (line.title, line.scores) == ("warmed up", score.result)
+    images, cams, iters = common.read_images(train, 64, 32), train.cams, flags["iters"]
+    skip, random = "skip" in more, "weights" not in flags
+    labels, moments, trained, draws = None, {}, {}, None
+    check_start(told, {**flags, "quick": "--quick" in more}, images, cams)
     for epoch in range(flags["epochs"]):
-        if resumed and epoch == 2:
-            begin()
+        if "--resume" in more and epoch == 2:
+            check_seed(told, flags)
 
         # 1 to 4
-        seen = the_next(told, "extract_features", "step 1: features of all training images")
-        assert torch.equal(seen.images, uint8), "not the training images as they are"
-        if final:
-            same_weights(dict(seen.model.named_parameters()), final, "step 1 is of another network")
-        features = slow.encode(seen.model.double().eval(), common.normalise(uint8))[2][0].detach()
-        close(seen.result.double(), features, "step 1: not the current network's features in "
-              "evaluation mode, without augmentation", atol=1e-4, rtol=0)
-        features = seen.result.double()
+        features = check_features(told, images, trained)[0]
         last = labels
         if "--true-ids" in more:
             unrefined = labels = train.pids - 1
@@ -343,8 +319,7 @@ def follow(told, flags, more, starts, folder, result, random):
                 unrefined = labels
             else:
                 unrefined, labels = plain_labels(features, cams, flags, random)
-            if flags["refine"].startswith("re") and epoch == 0:
-                assert (labels != unrefined).any()                 # this run can tell
+                assert flags["refine"][:2] != "re" or (labels != unrefined).any()
             if flags["refine"] == "recluster":
                 the_next(told, "dbscan", "step 3: DBSCAN within each group")
             assert (clustered.result == unrefined).all(), (
@@ -355,44 +330,29 @@ def follow(told, flags, more, starts, folder, result, random):
         drawn = the_next(told, "pk_batches", "step 5 draws batches")
         assert (drawn.labels == labels).all(), (
             f"batches are not drawn by the labels of step 3 ({flags['refine']})")
-        assert (drawn.cams == cams).all() and (drawn.p, drawn.k, drawn.iters) == (
-            P, K, flags["iters"]), "not P clusters x K images, or another number of batches"
-        if final:
-            assert torch.equal(drawn.generator, draws), "random numbers start anew"
+        assert (drawn.cams == cams).all() and (drawn.p, drawn.k, drawn.iters) == (P, K, iters), (
+            "not P clusters x K images, or another number of batches")
+        assert draws is None or torch.equal(drawn.generator, draws), "random numbers start anew"
 
         # 5
-        sums = {}
-        for step in range(flags["iters"]):
+        means = {}
+        for step in range(iters):
             index = the_next(told, "index", "a batch is drawn").index
-            made = the_next(told, "augment", "5a: augmented images")
-            assert torch.equal(made.images, uint8[index]), "5a: not the images of the batch"
-            assert (made.jitter, made.erase, made.pad) == (.5 * random, .5, None), (
-                "5a: colours are jittered if, and only if, the network starts from random weights")
-            ran = the_next(told, "forward", "5a: the network sees the batch")
-            assert torch.equal(ran.images, made.result), "5a: not the augmented images"
-            assert ran.model.training, "5a: not in training mode"
-            assert ran.grad and not ran.inside and ran.splits == flags["bn_splits"]
+            view = check_view(told, index, images, random)
+            ran = check_forward(told, view, flags["bn_splits"])
             net, k, g = ran.model.double(), *tensors(labels[index], of_image[index])
-            f = slow.encode(net, made.result, flags["bn_splits"])[2][0]
+            f = slow.encode(net, view, flags["bn_splits"])[2][0]
             terms = plain_terms(f, k, g, clusters, groups, memory, flags, epoch >= starts)
             total = sum(flags[name] * term for name, term in terms.items())
             for name, term in terms.items():
                 assert abs(term.item()) > 1e-3
-                sums[name] = sums.get(name, 0) + term.item() / flags["iters"]
+                means[name] = means.get(name, 0) + term.item() / iters
             loss = the_next(told, "loss", "5f: the total loss")
             assert loss.value.item() == pytest.approx(total.item(), rel=1e-3), (
                 "5f: another total loss than L_base + L_intra + a L_cross + b L_kd, weighted")
-            learning = [p for p in net.parameters() if p.requires_grad]
-            wanted = iter(torch.autograd.grad(total, learning))
-            own = dict(ran.objects["model"].named_parameters())
-            cosine = .5 + .5 * np.cos(
-                np.pi * (epoch * flags["iters"] + step) / (flags["epochs"] * flags["iters"]))
-            drop = flags["lr_drop"]
             stepped = the_next(told, "step", "5f: a step of the optimiser")
-            check_step(stepped, [
-                (name, p, next(wanted) if p.requires_grad else None)
-                for name, p in own.items()], moments,
-                flags["lr"] * (.1 ** (epoch // drop) if drop else cosine))
+            check_step(stepped, learning(ran, net, total), moments,
+                       rate(flags, epoch, flags["epochs"], step, iters))
             f = f.detach()
             clusters = slow.update_memory(clusters, f, k, flags["momentum"])
             updated = [the_next(told, "update_memory", "5g: memories")]
@@ -405,23 +365,20 @@ def follow(told, flags, more, starts, folder, result, random):
                       "(1 - mu) f of the batch", atol=1e-4, rtol=0)
 
         # 6
-        final = {name: stepped.after[id(p)] for name, p in own.items()}
-        due = (epoch + 1) % flags["eval_every"] == 0 or epoch + 1 == flags["epochs"]
-        if due:
-            score = the_next(told, "test", "step 6: scores")
-            same_weights(dict(score.model.named_parameters()), final, "scores of another network")
-        scores = score.result if due else {}
-        line = the_next(told, "line", "step 6: a line of the log")
-        assert (line.epoch, line.scores) == (epoch + 1, scores), "scores at another epoch"
+        trained = {name: stepped.after[id(p)]
+                   for name, p in ran.objects["model"].named_parameters()}
+        line = check_line(told, flags, epoch, trained, labels, means)
         assert line.title == f"epoch {epoch + 1}/{flags['epochs']}"
         assert line.quality == common.label_quality(labels, train.pids), "quality of other labels"
         assert line.more["unrefined_ARI"] == common.label_quality(unrefined, train.pids)["ARI"]
-        assert line.losses == pytest.approx(sums, rel=1e-3), "logged losses are not the means"
-        assert (line.keep["labels"] == labels).all()
-        same_weights(dict(line.keep["model"].named_parameters()), final, "another network is kept")
         draws = line.keep["generator"]
     assert not told, f"more happens: {told[0].kind}"
-    assert result == scores and len(result) == 5
+    assert result == line.scores and len(result) == 5
+
+
+def test_fp16_is_scaled(tiny, tmp_path, monkeypatch, two_layers, story):
+    argv = words(tiny, tmp_path, FLAGS, "--precision", "fp16")
+    check_scaler(story, lambda: ccsd.main(argv), monkeypatch)
 
 
 def test_settings_and_flags():
