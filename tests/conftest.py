@@ -275,6 +275,8 @@ def story(monkeypatch):
                 about.grad, result = about.result.requires_grad, about.result
                 about.result = result.detach().clone()
                 return result
+            if type(about.result) is tuple:  # of tensors
+                about.grad = any(x.requires_grad for x in about.result)
             return about.result
         monkeypatch.setattr(where, name, noted)
 
@@ -373,11 +375,11 @@ def check_features(told, images, trained):
     return found
 
 
-def check_view(told, index, images, random):
+def check_view(told, index, images, random, erase=.5):
     """5a -> a view of a batch: the images of index, augmented."""
     made = the_next(told, "augment", "5a: augmented images")
     assert torch.equal(made.images, images[index]), "5a: not the images of the batch"
-    assert (made.jitter, made.erase, made.pad) == (.5 * random, .5, None), (
+    assert (made.jitter, made.erase, made.pad) == (.5 * random, erase, None), (
         "5a: colours are jittered if, and only if, the network starts from random weights")
     return made.result
 
@@ -392,13 +394,14 @@ def check_forward(told, view, splits, inside=False):
     return ran
 
 
-def learning(ran, net, total, **more):
-    """What check_step() needs: (name, parameter, gradient of the total loss) of a network that ran
-    and its copy in float64."""
-    wanted = iter(torch.autograd.grad(total, [p for p in net.parameters() if p.requires_grad],
-                                      **more))
-    return [(name, p, next(wanted) if p.requires_grad else None)
-            for name, p in ran.objects["model"].named_parameters()]
+def learning(ran, net, total, *more):
+    """What check_step() needs: (name, id, gradient of the total loss) of each parameter of a network
+    that ran and its copy in float64, and of more tensors: (name, id, tensor)."""
+    each = [(name, id(real), p) for (name, p), real in
+            zip(net.named_parameters(), ran.objects["model"].parameters())]
+    each += more
+    wanted = iter(torch.autograd.grad(total, [p for *_, p in each if p.requires_grad]))
+    return [(name, real, next(wanted) if p.requires_grad else None) for name, real, p in each]
 
 
 def rate(flags, turn, turns, step, iters):
@@ -424,16 +427,16 @@ def check_line(told, flags, epoch, trained, labels, means):
 
 
 def check_step(step, parameters, moments, lr, decay=5e-4):
-    """A step of Adam is that of the plain version. parameters: a list of (name, parameter, the
-    gradient it should get, in float64); moments: name -> those of slow.adam()."""
+    """A step of Adam is that of the plain version. parameters: a list of (name, id, the gradient
+    it should get, in float64); moments: name -> those of slow.adam()."""
     assert step.optimizer is torch.optim.Adam, "another optimiser than Adam"
-    assert sorted(step.ids) == sorted(id(p) for _, p, _ in parameters), (
+    assert sorted(step.ids) == sorted(p for _, p, _ in parameters), (
         "the optimiser does not train every parameter of the network, and nothing else")
     assert len(step.rates) == 1 and step.rates.pop() == pytest.approx(lr, rel=1e-9, abs=1e-12), (
         "another learning rate than the schedule's")
     total = sum(float(g.square().sum()) for *_, g in parameters if g is not None) ** .5
     for name, p, wanted in parameters:
-        got = step.grad[id(p)]
+        got = step.grad[p]
         if wanted is None:
             assert got is None, f"{name} gets a gradient"
             continue
@@ -442,9 +445,9 @@ def check_step(step, parameters, moments, lr, decay=5e-4):
         assert error < 1e-2 * float(wanted.norm()) + 1e-4 * total, (
             f"the optimiser gets another gradient of {name} than that of the total loss of 5f "
             f"(wrong by {error:.3g}, its length is {float(wanted.norm()):.3g})")
-        wanted = slow.adam(moments.setdefault(name, {}), step.before[id(p)].double(), got.double(),
+        wanted = slow.adam(moments.setdefault(name, {}), step.before[p].double(), got.double(),
                            lr, decay)
-        error = float((step.after[id(p)].double() - wanted).abs().max())
+        error = float((step.after[p].double() - wanted).abs().max())
         assert error < 2e-3 * lr + 1e-6, f"{name} is not stepped as Adam with weight decay does"
 
 

@@ -259,7 +259,7 @@ def plain_terms(f, k, g, clusters, groups, memory, flags, started):
 
 RUNS = {  # what differs from FLAGS, further words, and when L_cross and L_kd start
     "reassign, resumed": (dict(refine="reassign"), ["--resume", "--on-collapse", "skip"], 1),
-    "recluster": (dict(refine="recluster", lr_drop=3, eps=.62), [], 0),
+    "recluster": (dict(refine="recluster", lr_drop=3, eps=.62), ["--on-collapse", "skip"], 0),
     "split, collapsed": (dict(base=0, kd=0, epochs=5, eval_every=2), ["--on-collapse", "skip"], 1),
     "no camera, not centred": (dict(refine="none", weights="given", eps=.55, k1=6, seed=6,
                                     epochs=3), [], 0),
@@ -277,6 +277,7 @@ def test_a_run_is_that_of_the_docstring(name, tiny, tmp_path, monkeypatch, two_l
         change_clusters(collapse({1, 3}), monkeypatch)
     if name == "recluster":
         monkeypatch.setattr(ccsd, "GROUP_START", 0)                # less than a quarter of the run
+        change_clusters(collapse({2}), monkeypatch)
     if name == "reassign, resumed":
         change_clusters(lambda n, labels: collapse({2})(n, mix(labels)), monkeypatch)
         stop_after(2, monkeypatch)
@@ -320,8 +321,8 @@ def follow(told, flags, more, starts, folder, result):
             else:
                 unrefined, labels = plain_labels(features, cams, flags, random)
                 assert flags["refine"][:2] != "re" or (labels != unrefined).any()
-            if flags["refine"] == "recluster":
-                the_next(told, "dbscan", "step 3: DBSCAN within each group")
+                if flags["refine"] == "recluster":
+                    the_next(told, "dbscan", "step 3: DBSCAN within each group")
             assert (clustered.result == unrefined).all(), (
                 "step 2: other labels than DBSCAN on the Jaccard distance of the "
                 + ("centred " * random) + "features")
