@@ -384,19 +384,19 @@ def check_view(told, index, images, random, erase=.5):
     return made.result
 
 
-def check_forward(told, view, splits, inside=False):
+def check_forward(told, view, splits, inside=False, parts=0, pooling="gem"):
     """5a -> the call: a network in training mode sees a view, in chunks."""
     ran = the_next(told, "forward", "5a: the network sees the batch")
     assert torch.equal(ran.images, view), "5a: not the augmented images"
     assert ran.model.training, "5a: not in training mode"
     assert ran.splits == splits, "5a: batch norm sees other chunks than --bn-splits says"
-    assert ran.inside == inside
+    assert (ran.inside, ran.model.parts, ran.model.pooling) == (inside, parts, pooling)
     return ran
 
 
 def learning(ran, net, total, *more):
-    """What check_step() needs: (name, id, gradient of the total loss) of each parameter of a network
-    that ran and its copy in float64, and of more tensors: (name, id, tensor)."""
+    """What check_step() needs: (name, id, gradient of the total loss) of each parameter of a
+    network that ran, whose copy in float64 is net, and of more tensors: (name, id, tensor)."""
     each = [(name, id(real), p) for (name, p), real in
             zip(net.named_parameters(), ran.objects["model"].parameters())]
     each += more

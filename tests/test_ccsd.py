@@ -8,8 +8,8 @@ import slow
 import torch
 import torch.nn.functional as F
 from conftest import (change_clusters, check_features, check_forward, check_line, check_scaler,
-                      check_seed, check_start, check_step, check_view, close, collapse, double, learning,
-                      rate, same_loss, short, stop_after, the_next)
+                      check_seed, check_start, check_step, check_view, close, collapse, double,
+                      learning, rate, same_loss, short, stop_after, the_next)
 
 import ccsd
 import common
@@ -196,7 +196,7 @@ def test_losses_of_images_without_a_counterpart_are_zero():
     assert loss.item() == 0 and torch.isfinite(similar.grad).all()
 
 
-# ------------------------------------------------------------------------------ the loop, as a whole
+# ----------------------------------------------------------------------------- the loop, as a whole
 # The epoch of the docstring once more: plain, in float64, an image at a time. FLAGS are chosen so
 # that no two mistakes look the same: every weight, temperature and momentum is another number.
 

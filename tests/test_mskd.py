@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from conftest import (change_clusters, check_features, check_forward, check_line, check_scaler,
                       check_seed, check_start, check_step, check_view, close, collapse, double,
-                      learning, losses, permuted_ids, rate, refusal, same_weights, short, stop_after,
-                      the_next, two_layers, weights)
+                      learning, losses, permuted_ids, rate, refusal, same_weights, short,
+                      stop_after, the_next, two_layers, weights)
 
 import common
 import eval
@@ -120,7 +120,7 @@ def test_ids_do_not_leak(both, tiny, tmp_path):
     assert not torch.equal(a["necks.0.weight"], weights(tmp_path / "c")["necks.0.weight"])
 
 
-# ------------------------------------------------------------------------------ the loop, as a whole
+# ----------------------------------------------------------------------------- the loop, as a whole
 # Both stages of the docstring once more: plain, in float64. No two mistakes look the same: every
 # weight, temperature and momentum is another number.
 
@@ -228,7 +228,7 @@ def follow(told, flags, more, train, images, teacher=None):
         for step in range(iters):
             index = the_next(told, "index", "a batch is drawn").index
             view = check_view(told, index, images, random)
-            ran = check_forward(told, view, flags["bn_splits"])
+            ran = check_forward(told, view, flags["bn_splits"], parts=2)
             net, k, t = ran.model.double(), torch.from_numpy(labels)[index], None
             f = slow.encode(net, view, flags["bn_splits"])[2]
             if teacher and flags["mu"]:
