@@ -426,6 +426,12 @@ def check_line(told, flags, epoch, trained, labels, means):
     return line
 
 
+def check_end(folder):
+    """A run that has ended leaves its folder to others."""
+    path = os.path.realpath(os.path.join(folder, "log.jsonl"))
+    assert path not in common.LOCKS, "the run has not finished its log: the folder stays locked"
+
+
 def check_step(step, parameters, moments, lr, decay=5e-4):
     """A step of Adam is that of the plain version. parameters: a list of (name, id, the gradient
     it should get, in float64); moments: name -> those of slow.adam()."""

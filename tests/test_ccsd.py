@@ -7,9 +7,9 @@ import pytest
 import slow
 import torch
 import torch.nn.functional as F
-from conftest import (change_clusters, check_features, check_forward, check_line, check_scaler,
-                      check_seed, check_start, check_step, check_view, close, collapse, double,
-                      learning, rate, same_loss, short, stop_after, the_next)
+from conftest import (change_clusters, check_end, check_features, check_forward, check_line,
+                      check_scaler, check_seed, check_start, check_step, check_view, close,
+                      collapse, double, learning, rate, same_loss, short, stop_after, the_next)
 
 import ccsd
 import common
@@ -92,8 +92,19 @@ def test_reassign_never_gets_less_compact():
         after = compactness(ccsd.reassign(labels, cams, features, rounds))
         assert after >= before - 1e-4
         before = after
-    once = plain_reassign(labels, cams, features)
-    assert (ccsd.reassign(labels, cams, features, 1) == common.renumber(once)).all()
+    moved = labels
+    for rounds in range(1, 21):
+        moved = plain_reassign(moved, cams, features)
+        if rounds in (1, 20):
+            assert (ccsd.reassign(labels, cams, features, rounds) == common.renumber(moved)).all()
+    assert (ccsd.reassign(labels, cams, features) == common.renumber(moved)).all()
+
+
+def test_reassign_leaves_no_gap_where_a_cluster_loses_all_images():
+    angle = torch.tensor([.3, .31, .3, -.3, -.3, -.31])
+    features, cams = torch.stack([angle.cos(), angle.sin()], 1), np.zeros(6, int)
+    labels = ccsd.reassign(np.array([0, 0, 1, 1, 2, 2]), cams, features)
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_recluster_drops_the_loose_image_and_keeps_the_parent():
@@ -107,6 +118,8 @@ def test_recluster_drops_the_loose_image_and_keeps_the_parent():
         assert (new[i] == -1) == (len(close) < 2)                  # a point counts itself
         assert new[i] in (-1, labels[i])
     assert new[12] == -1
+    lonely = np.where((labels == 0) & (cams == 0), 0, -1)          # one group is no collapse
+    assert (ccsd.recluster(lonely, cams, distance, .4) == lonely).all()
 
 
 def plain_intra(s, group, camera):
@@ -201,8 +214,9 @@ def test_losses_of_images_without_a_counterpart_are_zero():
 # that no two mistakes look the same: every weight, temperature and momentum is another number.
 
 FLAGS = dict(refine="split", base=2, intra=3, cross=5, kd=7, temp=.08, momentum=.3, eps=.53, k1=8,
-             epochs=4, iters=2, lr=1e-3, lr_drop=0, bn_splits=2, eval_every=3, seed=5, warm_up=3)
-P, K = 4, 2
+             epochs=4, iters=2, lr=1e-3, lr_drop=0, bn_splits=2, batch_size=6,
+             eval_every=3, seed=5, warm_up=3)
+P, K = 3, 2
 
 
 def words(folder, out, flags, *more):
@@ -259,7 +273,7 @@ def plain_terms(f, k, g, clusters, groups, memory, flags, started):
 
 RUNS = {  # what differs from FLAGS, further words, and when L_cross and L_kd start
     "reassign, resumed": (dict(refine="reassign"), ["--resume", "--on-collapse", "skip"], 1),
-    "recluster": (dict(refine="recluster", lr_drop=3, eps=.62), ["--on-collapse", "skip"], 0),
+    "recluster": (dict(refine="recluster", lr_drop=3, eps=.59), ["--on-collapse", "skip"], 0),
     "split, collapsed": (dict(base=0, kd=0, epochs=5, eval_every=2), ["--on-collapse", "skip"], 1),
     "no camera, not centred": (dict(refine="none", weights="given", eps=.55, k1=6, seed=6,
                                     epochs=3), [], 0),
@@ -267,12 +281,14 @@ RUNS = {  # what differs from FLAGS, further words, and when L_cross and L_kd st
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_is_that_of_the_docstring(name, tiny, tmp_path, monkeypatch, two_layers, story):
+def test_a_run_is_that_of_the_docstring(name, tiny, tmp_path, monkeypatch, two_layers, story,
+                                         watch):
     """Every step of whole runs: what it starts from, its loss, all gradients, memories, Adam, log.
     """
     change, more, starts = RUNS[name]
     flags = {**FLAGS, **change}
     argv = words(tiny, tmp_path, flags, *more)
+    refined = watch(ccsd, "reassign")
     if name == "split, collapsed":
         change_clusters(collapse({1, 3}), monkeypatch)
     if name == "recluster":
@@ -284,6 +300,8 @@ def test_a_run_is_that_of_the_docstring(name, tiny, tmp_path, monkeypatch, two_l
         with pytest.raises(KeyboardInterrupt):
             ccsd.main(argv)
     result = ccsd.main(argv)
+    assert len(refined) == 3 * (name == "reassign, resumed"), "labels are refined a second time"
+    check_end(tmp_path)
     assert ccsd.main(argv) == result                               # nothing to do: tells nothing
     follow(story, flags, more, starts, tiny, result)
 
@@ -389,7 +407,7 @@ def test_settings_and_flags():
     assert (market.arch, market.batch_size, market.num_instances, market.iters, market.epochs,
             market.lr, market.eps, market.k1, market.bn_splits, market.temp, market.momentum) == (
         "resnet50", 256, 16, 200, 50, 3.5e-4, .6, 30, 4, .05, .1)  # the published settings
-    assert ccsd.get_args(["--data", "msmt17"]).iters == 400
+    assert ccsd.get_args(["--data", "msmt17"]).iters == 400 and ccsd.GROUP_START == 5
     assert ccsd.get_args(["--data", "some/folder", "--seed", "3"]).out.endswith("ccsd-folder-s3")
     assert ccsd.get_args(["--data", "market1501", "--eps", ".5"]).eps == .5
     for data in common.DATASETS:
