@@ -214,9 +214,9 @@ def test_losses_of_images_without_a_counterpart_are_zero():
 # that no two mistakes look the same: every weight, temperature and momentum is another number.
 
 FLAGS = dict(refine="split", base=2, intra=3, cross=5, kd=7, temp=.08, momentum=.3, eps=.53, k1=8,
-             epochs=4, iters=2, lr=1e-3, lr_drop=0, bn_splits=2, batch_size=6,
-             eval_every=3, seed=5, warm_up=3)
-P, K = 3, 2
+             epochs=4, iters=2, lr=1e-3, lr_drop=0, bn_splits=2, batch_size=12,
+             num_instances=3, eval_every=3, seed=5, warm_up=3)
+P, K = 4, 3
 
 
 def words(folder, out, flags, *more):

@@ -53,6 +53,7 @@ def test_mixed_distance_is_the_mix_of_three_dense_ones(n, k1, l1):
     wanted = (1 - 2 * l1) * g + l1 * u + l1 * d
     np.testing.assert_allclose(slow.dense(sparse), wanted, atol=1e-5,
                                err_msg="not J = (1 - 2 l1) J_g + l1 J_u + l1 J_d")
+    assert slow.dense(sparse)[0, 1] > .9 * common.DUPLICATE
     assert (sparse.diagonal() == 0).all() and (sparse.nnz < n * n or n == 9)
     for eps in (.35, .45, .6):
         labels = slow.dbscan(wanted, eps)

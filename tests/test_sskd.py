@@ -117,6 +117,7 @@ def test_nuclear_norm_loss():
     sure = 100 * torch.eye(5)                                      # sure and varied: the best
     assert abs(sskd.nuclear_norm_loss(sure).item() + 1) < 1e-6
     assert sskd.nuclear_norm_loss(sure[[0] * 5]).item() > -.5
+    sskd.nuclear_norm_loss(math.nan * sure)                        # is left to the other terms
 
 
 # -------------------------------------------------------------------------------------- both stages
@@ -399,10 +400,9 @@ RUNS = {  # what differs from FLAGS and further words
         dict(nets=3, epochs=3, lr_drop=2, alpha=.7, temp=1.6, bn_splits=1, source_iters=4, seed=0),
         ["--resume", "--on-collapse", "skip", "--sources"]),
     "not centred": (dict(weights="given", nets=2, eps=.62, k1=6, seed=8, alpha=.45, lr=.01,
-                         iters=3,
-                         source_epochs=1, source_iters=1, epochs=1), []),
-    "one network, two terms": (dict(nets=1, id=0, nuc=0, source_epochs=16, source_iters=1, epochs=1),
-                               []),
+                         iters=3, epochs=1, source_epochs=1, source_iters=1), []),
+    "one network, two terms": (dict(nets=1, id=0, nuc=0, source_epochs=16, source_iters=1,
+                                    epochs=1), []),
     "one view, two terms": (dict(soft=0, ms=0, source_epochs=1, source_iters=1, epochs=1),
                             ["--shared-view", "--true-ids", "--quick"])}
 
