@@ -3,6 +3,8 @@ what several tests need to run, to watch and to read a program.
 """
 
 import contextlib
+import copy
+import inspect
 import json
 import os
 import re
@@ -11,16 +13,20 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine, threads wait for each other
 
 import numpy as np
 import pytest
+import sklearn.cluster
+import slow
 import torch
 import torch.nn.functional as F
 import toy
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (register_optimizer_step_post_hook,
+                                   register_optimizer_step_pre_hook)
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, HERE)
@@ -260,6 +266,265 @@ def watch(monkeypatch):
         monkeypatch.setattr(where, name, noted)
         return seen
     return start
+
+
+TOLD = ("seed_everything", "extract_features", "test", "warm_up", "dbscan", "pk_batches", "augment",
+        "forward", "update_memory")
+
+
+def kept(value):
+    """A copy of what a later step could change; of a network, with its weights and its mode."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if torch.is_tensor(value):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: kept(part) for key, part in value.items()}
+    return copy.deepcopy(value) if isinstance(value, nn.Module) else value
+
+
+@pytest.fixture
+def story(monkeypatch):
+    """-> a list that tells what a run does, in its order. Every call of a function in TOLD is a
+    namespace: its kind, its arguments as they were, its result; so is every draw of a batch
+    (index), every loss that is scaled (loss), every step of an optimiser (step), with the
+    parameters before it and after it, and every line of the log (line). Warm-up does nothing."""
+    told, inside = [], []
+
+    def tell(kind, **about):
+        if not inside:
+            told.append(SimpleNamespace(kind=kind, **about))
+            return told[-1]
+        return SimpleNamespace()
+
+    def spy(where, name, kind, call):
+        signature = inspect.signature(getattr(where, name))
+
+        def noted(*args, **more):
+            bound = signature.bind(*args, **more)
+            bound.apply_defaults()
+            about = tell(kind, objects=bound.arguments,
+                         **{key: kept(value) for key, value in bound.arguments.items()})
+            if kind == "test":
+                inside.append(1)  # what it calls is no step of ours
+            about.result = call(*args, **more)
+            if kind == "test":
+                inside.pop()
+            about.after = {key: kept(value) for key, value in bound.arguments.items()
+                           if torch.is_tensor(value)}
+            if torch.is_tensor(about.result):
+                about.grad, result = about.result.requires_grad, about.result
+                about.result = result.detach().clone()
+                return result
+            if type(about.result) is tuple:  # of tensors
+                about.grad = any(x.requires_grad for x in about.result)
+            return about.result
+        monkeypatch.setattr(where, name, noted)
+
+    def drawn(*args, **more):
+        for index in draw_batches(*args, **more):
+            tell("index", index=index.clone())
+            yield index
+    draw_batches = common.pk_batches
+    for name in TOLD:
+        call = dict(pk_batches=drawn, warm_up=lambda *args, **more: None)
+        spy(common, name, name, call.get(name, getattr(common, name)))
+    spy(common.Log, "epoch", "line", common.Log.epoch)
+
+    class Scaler(torch.amp.GradScaler):
+        """Scales by 16 even in float32: an exact factor, which has to be taken back."""
+
+        def __init__(self, device, enabled):
+            tell("scaler", enabled=enabled)
+            super().__init__(device, init_scale=16., enabled=True)
+
+        def scale(self, loss):
+            tell("loss", value=loss.detach().clone())
+            return super().scale(loss)
+    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
+
+    def parameters(optimizer):
+        return [p for group in optimizer.param_groups for p in group["params"]]
+
+    def before(optimizer, *_):
+        tell("step", optimizer=type(optimizer), ids=[id(p) for p in parameters(optimizer)],
+             rates={group["lr"] for group in optimizer.param_groups},
+             before={id(p): p.detach().clone() for p in parameters(optimizer)},
+             grad={id(p): kept(p.grad) for p in parameters(optimizer)})
+
+    def after(optimizer, *_):
+        told[-1].after = {id(p): p.detach().clone() for p in parameters(optimizer)}
+    hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+    yield told
+    for hook in hooks:
+        hook.remove()
+
+
+def the_next(told, kind, why):
+    """Take the next event, which has to be of this kind; if not, the test says `why`."""
+    assert told, f"{why}, but the run has ended (no more {kind})"
+    event = told.pop(0)
+    assert event.kind == kind, f"{why} ({kind}), but {event.kind} comes"
+    return event
+
+
+def check_start(told, flags, images, cams):
+    """Step 0 -> the network that is scored first, or None with --quick. flags: seed, warm_up,
+    weights (none, if not there) and quick."""
+    check_seed(told, flags)
+    first = None
+    if not flags.get("quick"):
+        first = the_next(told, "test", "the untrained network is scored")
+    line = the_next(told, "line", "its scores are logged")
+    assert (line.title, line.scores) == ("start", first.result if first else {})
+    if "weights" not in flags:
+        warm = the_next(told, "warm_up", "from random weights, a warm-up W")
+        assert torch.equal(warm.images, images) and (warm.cams == cams).all()
+        assert warm.epochs == flags["warm_up"]
+        score = the_next(told, "test", "the warmed-up network is scored")
+        line = the_next(told, "line", "its scores are logged")
+        assert (line.title, line.scores) == ("warmed up", score.result)
+    return first and first.model
+
+
+def check_seed(told, flags):
+    assert the_next(told, "seed_everything", "a run is seeded first").seed == flags["seed"]
+    assert not the_next(told, "scaler", "then its scaler").enabled, "only fp16 is scaled"
+
+
+def check_scaler(told, run, monkeypatch):
+    """A run with --precision fp16 scales its gradients. Others: check_seed()."""
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(common, "test", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert [event.enabled for event in told if event.kind == "scaler"][-1], "fp16 is not scaled"
+
+
+def check_features(told, images, trained):
+    """Step 1 -> features (1 + parts, N, D) in float64. trained: name -> parameter, if not {}: the
+    network that they are of."""
+    seen = the_next(told, "extract_features", "step 1: features of all training images")
+    assert torch.equal(seen.images, images), "step 1: not the training images as they are"
+    if trained:
+        same_weights(dict(seen.model.named_parameters()), trained, "step 1 is of another network")
+    wanted = slow.encode(seen.model.double().eval(), common.normalise(images))[2].detach()
+    found = seen.result.double().view_as(wanted)
+    close(found, wanted, "step 1: not the network's features in evaluation mode, without "
+          "augmentation", atol=1e-4, rtol=0)
+    return found
+
+
+def check_view(told, index, images, random, erase=.5):
+    """5a -> a view of a batch: the images of index, augmented."""
+    made = the_next(told, "augment", "5a: augmented images")
+    assert torch.equal(made.images, images[index]), "5a: not the images of the batch"
+    assert (made.jitter, made.erase, made.pad) == (.5 * random, erase, None), (
+        "5a: colours are jittered if, and only if, the network starts from random weights")
+    return made.result
+
+
+def check_forward(told, view, splits, inside=False, parts=0, pooling="gem"):
+    """5a -> the call: a network in training mode sees a view, in chunks."""
+    ran = the_next(told, "forward", "5a: the network sees the batch")
+    assert torch.equal(ran.images, view), "5a: not the augmented images"
+    assert ran.model.training, "5a: not in training mode"
+    assert ran.splits == splits, "5a: batch norm sees other chunks than --bn-splits says"
+    assert (ran.inside, ran.model.parts, ran.model.pooling) == (inside, parts, pooling)
+    return ran
+
+
+def learning(ran, net, total, *more):
+    """What check_step() needs: (name, id, gradient of the total loss) of each parameter of a
+    network that ran, whose copy in float64 is net, and of more tensors: (name, id, tensor)."""
+    each = [(name, id(real), p) for (name, p), real in
+            zip(net.named_parameters(), ran.objects["model"].parameters())]
+    each += more
+    wanted = iter(torch.autograd.grad(total, [p for *_, p in each if p.requires_grad]))
+    return [(name, real, next(wanted) if p.requires_grad else None) for name, real, p in each]
+
+
+def rate(flags, turn, turns, step, iters):
+    """The learning rate of a step in the turn-th of all epochs."""
+    if flags["lr_drop"]:
+        return flags["lr"] * .1 ** (turn // flags["lr_drop"])
+    return flags["lr"] * (1 + np.cos(np.pi * (turn * iters + step) / (turns * iters))) / 2
+
+
+def check_line(told, flags, epoch, trained, labels, means):
+    """Step 6 -> the line. trained: name -> parameter; means: of the losses of the epoch."""
+    scores = {}
+    if (epoch + 1) % flags["eval_every"] == 0 or epoch + 1 == flags["epochs"]:
+        score = the_next(told, "test", "step 6: scores")
+        same_weights(dict(score.model.named_parameters()), trained, "scores of another network")
+        scores = score.result
+    line = the_next(told, "line", "step 6: a line of the log")
+    assert (line.epoch, line.scores) == (epoch + 1, scores), "scores at another epoch"
+    assert line.losses == pytest.approx(means, rel=1e-3), "logged losses are not the means"
+    assert (line.keep["labels"] == labels).all(), "other labels are kept"
+    same_weights(dict(line.keep["model"].named_parameters()), trained, "another network is kept")
+    return line
+
+
+def check_end(folder):
+    """A run that has ended leaves its folder to others."""
+    path = os.path.realpath(os.path.join(folder, "log.jsonl"))
+    assert path not in common.LOCKS, "the run has not finished its log: the folder stays locked"
+
+
+def check_step(step, parameters, moments, lr, decay=5e-4):
+    """A step of Adam is that of the plain version. parameters: a list of (name, id, the gradient
+    it should get, in float64); moments: name -> those of slow.adam()."""
+    assert step.optimizer is torch.optim.Adam, "another optimiser than Adam"
+    assert sorted(step.ids) == sorted(p for _, p, _ in parameters), (
+        "the optimiser does not train every parameter of the network, and nothing else")
+    assert len(step.rates) == 1 and step.rates.pop() == pytest.approx(lr, rel=1e-9, abs=1e-12), (
+        "another learning rate than the schedule's")
+    total = sum(float(g.square().sum()) for *_, g in parameters if g is not None) ** .5
+    for name, p, wanted in parameters:
+        got = step.grad[p]
+        if wanted is None:
+            assert got is None, f"{name} gets a gradient"
+            continue
+        assert got is not None, f"no gradient reaches {name}"
+        error = float((got.double() - wanted).norm())
+        assert error < 1e-2 * float(wanted.norm()) + 1e-4 * total, (
+            f"the optimiser gets another gradient of {name} than that of the total loss of 5f "
+            f"(wrong by {error:.3g}, its length is {float(wanted.norm()):.3g})")
+        wanted = slow.adam(moments.setdefault(name, {}), step.before[p].double(), got.double(),
+                           lr, decay)
+        error = float((step.after[p].double() - wanted).abs().max())
+        assert error < 2e-3 * lr + 1e-6, f"{name} is not stepped as Adam with weight decay does"
+
+
+def stop_after(epoch, monkeypatch):
+    """The next run is interrupted, once, when it has written this epoch."""
+    write, stopped = common.Log.epoch, []
+
+    def once(log, *args, **more):
+        write(log, *args, **more)
+        if more.get("epoch") == epoch and not stopped:
+            stopped.append(epoch)
+            raise KeyboardInterrupt
+    monkeypatch.setattr(common.Log, "epoch", once)
+
+
+def change_clusters(change, monkeypatch):
+    """From now on change(n, labels) is what DBSCAN finds, labels in truth, in its n-th call."""
+    kind, count = sklearn.cluster.DBSCAN, iter(range(99))
+
+    class Changed(kind):
+        def fit_predict(self, distance):
+            return change(next(count), super().fit_predict(distance))
+    monkeypatch.setattr(sklearn.cluster, "DBSCAN", Changed)
+
+
+def collapse(calls):
+    """-> what change_clusters() needs: outliers alone in these calls."""
+    return lambda n, labels: np.full_like(labels, -1) if n in calls else labels
 
 
 @pytest.fixture(scope="session")

@@ -125,6 +125,55 @@ def cross_entropy(logits, target):
     return total / len(logits)
 
 
+# ------------------------------------------------------------------- a network and its optimiser
+
+
+def encode(net, images, splits=1):
+    """An Encoder's weights in float64, one chunk and one view at a time. images: normalised
+    -> pooled, necks, unit features, each (1 + parts, B, D)."""
+    chunks = []
+    for chunk in images.double().chunk(splits):
+        last = net.backbone(chunk)
+        rows, views = last.shape[2], [last]
+        for part in range(net.parts):
+            views.append(last[:, :, part * rows // net.parts:(part + 1) * rows // net.parts])
+        pooled, necks = [], []
+        for view, pool, neck in zip(views, net.pools, net.necks):
+            x = view.mean((2, 3))
+            if net.pooling == "gem":
+                x = (view.clamp(min=1e-6) ** pool.p).mean((2, 3)) ** (1 / pool.p)
+            mean, variance = neck.running_mean, neck.running_var
+            if net.training:
+                mean, variance = x.mean(0), x.var(0, unbiased=False)
+            pooled.append(x)
+            necks.append((x - mean) / (variance + neck.eps).sqrt() * neck.weight)
+        chunks.append((torch.stack(pooled), torch.stack(necks)))
+    pooled, necks = (torch.cat(parts, 1) for parts in zip(*chunks))
+    return pooled, necks, necks / necks.norm(dim=2, keepdim=True)
+
+
+def adam(moments, value, gradient, lr, decay):
+    """Adam (Kingma, Ba, ICLR 2015) with L2 decay; beta .9, .999, epsilon 1e-8. moments: a dict, {}
+    before the first step. -> the parameter after the step."""
+    gradient = gradient + decay * value
+    t = moments["t"] = moments.get("t", 0) + 1
+    m = moments["m"] = .9 * moments.get("m", 0) + .1 * gradient
+    v = moments["v"] = .999 * moments.get("v", 0) + .001 * gradient ** 2
+    return value - lr * (m / (1 - .9 ** t)) / ((v / (1 - .999 ** t)).sqrt() + 1e-8)
+
+
+def centre(features, cams):
+    """(N, D) -> (N, D): every image without the mean of its camera, of unit length again."""
+    free = torch.stack([f - features[cams == v].mean(0) for f, v in zip(features, cams)])
+    return free / free.norm(dim=1, keepdim=True)
+
+
+def means(features, labels):
+    """(N, D), labels (N,) -> (C, D): the unit mean of every cluster; -1 is in none."""
+    rows = torch.stack([features[labels == c].sum(0) for c in range(labels.max() + 1)])
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
 # ------------------------------------------------------- evaluation (Zheng et al., Market-1501)
 
 
