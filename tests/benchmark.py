@@ -4,7 +4,7 @@
   python tests/benchmark.py evaluation 3368x15913       ranking of Q queries in a gallery of G
   python tests/benchmark.py rerank 3368x15913 --ours    the same with k-reciprocal re-ranking
   python tests/benchmark.py step toy paper resnet18     a training step: speed, parts, what may help
-  python tests/benchmark.py memory market1501 msmt17    main memory of a run at 256 x 128, not a ratio
+  python tests/benchmark.py memory market1501 msmt17    a run's main memory at 256 x 128
 
 Features are synthetic: 2,048 dimensions, people of 17 images, 6 cameras; the references are on the
 CPU, ours on --device. Every measurement runs in a process of its own, three times; medians, and
@@ -324,7 +324,7 @@ def compare(what, size, kinds, repeats, device):
 def main():
     parser = common.Parser(__doc__)
     parser.add_argument("what", choices=("clustering", "evaluation", "rerank", "step", "memory"))
-    parser.add_argument("sizes", nargs="*", help="N, or QxG, or toy, paper, resnet18, or a data set")
+    parser.add_argument("sizes", nargs="*", help="N, or QxG, or toy, paper, resnet18, a data set")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ours", action="store_true", help="no reference, for sizes beyond it")
     parser.add_argument("--device", default="auto", choices=common.DEVICES)
