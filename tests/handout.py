@@ -369,8 +369,7 @@ def toy_score(files, page, limit):
         lines, end = apart(place, run, limit)
         try:
             model, _ = common.load_encoder(os.path.join(place, "run", "last.pt"))
-            images = [common.read_images(part, *model.size) for part in test_set]
-            return f"{100 * common.test(model, (*test_set, *images))['mAP']:.1f}"
+            return f"{100 * common.test(model, test_set)['mAP']:.1f}"
         except Exception:  # a stranger's file
             return f"{end}: {''.join(filter(str.isprintable, ''.join(lines[-1:])))[-99:]}"
 

@@ -330,7 +330,7 @@ def test_cameras_with_names(tiny, tmp_path):
     page = read_page(tmp_path / "run" / "report.html")
     for name in names.values():
         assert f"Camera {name} (images" in page.text and f"image, {name}" in page.alts
-    assert not re.search(r"\bc\d", page.text.split("Run and score")[1])
+    assert not re.search(r"\bc\d\b", page.text.split("Run and score")[1])
     kept = np.load(tmp_path / "f.npz")
     for path, camera in zip(kept["paths"], kept["cams"]):
         assert f"/{camera}/" in path
