@@ -43,7 +43,7 @@ def views(n, width=12, people=6, seed=0):
                        + .6 * torch.randn(3, n, width, generator=g), dim=2)
 
 
-@pytest.mark.parametrize("l1", [0, .15, .5])
+@pytest.mark.parametrize("l1", [0, .03, .15, .5])
 @pytest.mark.parametrize("n, k1", [(60, 12), (90, 20), (9, 30)])
 def test_mixed_distance_is_the_mix_of_three_dense_ones(n, k1, l1):
     features = views(n)
