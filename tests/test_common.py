@@ -137,8 +137,8 @@ def test_stripes_of_a_map_are_equal_or_refused(size, parts, rows, remedy):
 
 
 def test_a_backbone_is_one_line_of_archs(tiny, tmp_path, monkeypatch, capsys):
-    """The README's, with a stride of 32: a map of 3 rows at a height of 96 has no halves."""
-    lines = [line for line in code_of("README.md") if line.startswith('"')]
+    """The course's, with a stride of 32: a map of 3 rows at a height of 96 has no halves."""
+    lines = [line for line in code_of("tests/COURSE.md") if line.startswith('"')]
     assert len(lines) == 2
     more = eval("{" + ", ".join(lines) + "}", dict(vars(common), torchvision=torchvision))
     names = [common.running_code(common)]
@@ -439,8 +439,8 @@ def test_duplicates_change_no_label_and_no_radius(seed):
         assert sskd.adaptive_eps(distance, rho) == pytest.approx(wanted, abs=1e-6)
 
 
-def test_the_clusterings_of_the_readme():
-    code = "\n".join(line for line in code_of("README.md")
+def test_the_clusterings_of_the_course():
+    code = "\n".join(line for line in code_of("tests/COURSE.md")
                      if re.match(r"(full|np.fill_diagonal|labels = \w+\(|medoids)", line))
     people = np.arange(400) % 80
     names = dict(vars(sklearn.cluster), np=np, found=[], distance=common.jaccard_distance(
@@ -448,7 +448,7 @@ def test_the_clusterings_of_the_readme():
     code = re.sub("(?m)^labels = .*$", r"\g<0>; found.append(labels)", code)
     code, start, step = re.split("(?m)^(?=medoids)", code)
     loop = "labels = full[:, medoids].argmin(1)"
-    assert loop in code_of("README.md")
+    assert loop in code_of("tests/COURSE.md")
     exec(code + start + "for _ in range(20):\n " + loop + "\n " + step, names)
     *others, medoids = [sklearn.metrics.adjusted_rand_score(people, labels)
                         for labels in (*names["found"], names["labels"])]

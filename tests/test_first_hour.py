@@ -76,7 +76,7 @@ def test_an_edited_page_is_a_new_run_and_an_unchanged_one_repeats_its_score(copy
 
 
 def test_what_a_page_keeps_of_each_image_survives_a_resume(copy, tmp_path):
-    """The README's two lines, in a page."""
+    """The two lines of the course, in a page."""
     old = '    labels = resumed.get("labels")\n'
     edit(tmp_path / "ccsd.py", old, old
          + '    score = resumed.get("score", np.zeros(len(images)))\n')

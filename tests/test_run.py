@@ -174,8 +174,9 @@ def test_rerank(k1, k2, lam):
 
 # --------------------------------------------------------------------------------------- the README
 
-def test_every_command_of_the_readme_parses():
+def test_every_command_of_the_readme_and_the_course_parses():
     text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    text += open(os.path.join(HERE, "tests", "COURSE.md"), encoding="utf-8").read()
     text += ccsd.__doc__ + mskd.__doc__ + sskd.__doc__
     commands = re.findall(r"python (ccsd|mskd|sskd|eval)\.py([^\n`#|]*)", text)
     assert len(commands) > 8
