@@ -90,9 +90,8 @@ def load(name, root="data", at_least=1, draw=True, few=False):
     alone, or own images (read_own). NAME:source and NAME:target read half of it (take_half). A file
     name starts with person and camera, 0002_c1...; person -1 is junk and dropped; person 0, a
     distractor in Market-1501, is a person like others and wrong for every other person's query.
-    Cameras are renumbered 0..V-1. draw: draw a missing toy set. few: only some people
-    (--quick). Raises Problem if files cannot be read or there are fewer than `at_least` training
-    images.
+    Cameras are renumbered 0..V-1. draw: draw a missing toy set. few: only some people (--quick).
+    Raises Problem if files cannot be read or there are fewer than `at_least` training images.
     """
     name, root = os.fspath(name), os.fspath(root)
     name, half = name.rsplit(":", 1) if name.endswith((":source", ":target")) else (name, None)
@@ -371,7 +370,7 @@ def extract_features(model, images, batch_size=None):
     Batches: 64 fit a CPU's caches."""
     device, training = next(model.parameters()).device, model.training
     images = images.paths if isinstance(images, Split) else images
-    size, mine = batch_size or (64 if device.type == "cpu" else 256), own(images)
+    size, mine = batch_size or (64 if device.type == "cpu" else 256), my_share(images)
     batches = len(mine) // size + 1
     model.eval()
     parts = (mine.tensor_split(batches) if torch.is_tensor(mine)
@@ -398,7 +397,7 @@ def nearest(features, k, block=512):
     k = min(k, len(features))
     search = bfloat16_search if bfloat16_pays(features, k) else exact_search  # appendix B
     search = search(features)
-    blocks = own(torch.arange(len(features), device=features.device)).split(block)
+    blocks = my_share(torch.arange(len(features), device=features.device)).split(block)
     ranks = [search(rows, k).cpu() for rows in progress(blocks, "nearest neighbours")]
     return gathered(torch.cat(ranks), len(features)).numpy()
 
@@ -421,6 +420,18 @@ def exact_search(features):
 # ====================================================================================== 6 distance
 
 DUPLICATE = 1e-6  # distance of two images that share all neighbours; see zeros_on_diagonal()
+
+
+def check_features(*features):
+    """Raises Problem for features (N, D) that are not finite, or 0: all are equally near to it."""
+    for rows in features:
+        length = rows.norm(dim=1)
+        if not length.isfinite().all():
+            raise Problem("features are not finite: bad weights, or training diverged (lower --lr)")
+        zero = int((length == 0).sum())
+        if zero:
+            raise Problem(f"{zero:,} of {len(rows):,} features are 0: equal images, or a network "
+                          "that no longer tells images apart (other images, or lower --lr)")
 
 
 def jaccard_distance(features, k1=30, k2=6, max_distance=1.):
@@ -805,23 +816,26 @@ def precision(device, wanted):
     return best if wanted == "auto" or wanted == "bf16" and lacks else wanted
 
 
+MEMINFO = "/proc/meminfo"
 ROOM = 14e9  # bytes for a step of ResNet-50 on 256 images in half precision, counted: activations
 # take 12.1e9 (tests/RESULTS.md, A small GPU)
 
 
 def place(images, device):
-    """-> the images, moved to a GPU if that leaves ROOM. If not, they stay in main memory, from
-    which a batch of 256 is 25 MB."""
-    fits = device.type == "cuda" and images.nbytes + ROOM < torch.cuda.mem_get_info(device)[0]
-    return images.to(device) if fits else images
+    """-> the images, moved to a GPU if that leaves ROOM there, or if they are few. If not, they
+    stay in main memory, from which a batch of 256 is 25 MB."""
+    if device.type != "cuda":
+        return images
+    free, _ = torch.cuda.mem_get_info(device)
+    return images.to(device) if images.nbytes < max(free - ROOM, free / 16) else images
 
 
 def check_memory(n, height, width):
     """Say how much main memory n images will take, if it matters. Raises Problem if that is more
     than is free, which only Linux tells; each rank keeps all images."""
     need = LOCAL * n * 3 * height * width / 1e9
-    found = re.search(r"MemAvailable: *(\d+)", read_text("/proc/meminfo")
-                      if os.path.exists("/proc/meminfo") else "")
+    text = read_text(MEMINFO) if os.path.exists(MEMINFO) else ""
+    found = re.search(r"MemAvailable: *(\d+)", text)
     free = int(found[1]) * 1024 / 1e9 if found else math.inf
     text = (f"{n:,} images of {height} x {width} take {need:.1f} GB of main memory"
             + f" in {LOCAL} processes" * (LOCAL > 1) + f", {free:.1f} are free" * (free < math.inf))
@@ -1373,7 +1387,7 @@ def load_weights(net, arch, weights):
     else:
         state = unwrapped(load_checkpoint(weights), weights)
     unused = ("fc.", "layer4.") if arch.endswith("-layer3") else ("fc.",)
-    fill(net, state, f"--weights {weights} does not fit --arch {arch}", unused)
+    load_into(net, state, f"--weights {weights} does not fit --arch {arch}", unused)
 
 
 def unwrapped(state, path, first="conv1.weight"):
@@ -1396,7 +1410,7 @@ def unwrapped(state, path, first="conv1.weight"):
                   f"with {', '.join(names) or 'nothing'} (choose another file)")
 
 
-def fill(module, state, what, unused=()):
+def load_into(module, state, what, unused=()):
     """Load a state dict. Raises Problem, starting with `what`, if it does not fit; names that start
     with one of `unused` are ignored."""
     try:
@@ -1753,18 +1767,6 @@ def seed_everything(seed):
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     return torch.Generator().manual_seed(seed)
-
-
-def check_features(*features):
-    """Raises Problem for features (N, D) that are not finite, or 0: all are equally near to it."""
-    for rows in features:
-        length = rows.norm(dim=1)
-        if not length.isfinite().all():
-            raise Problem("features are not finite: bad weights, or training diverged (lower --lr)")
-        zero = int((length == 0).sum())
-        if zero:
-            raise Problem(f"{zero:,} of {len(rows):,} features are 0: equal images, or a network "
-                          "that no longer tells images apart (other images, or lower --lr)")
 
 
 # ========================================================================== E logs and checkpoints
@@ -2125,7 +2127,7 @@ def load_encoder(path):
     path = os.path.join(path, "last.pt") if os.path.isdir(path) else path
     state = load_run(path)
     model = Encoder(state["arch"], "none", state["parts"], state["pooling"])
-    fill(model, state["model"], f"{path} holds no network of --arch {state['arch']}")
+    load_into(model, state["model"], f"{path} holds no network of --arch {state['arch']}")
     model.size = state["size"]
     return model.eval(), state
 
@@ -2186,7 +2188,7 @@ def as_one(main):
         raise
 
 
-def own(rows):
+def my_share(rows):
     """-> this rank's share of a tensor or a list: consecutive rows."""
     return rows[len(rows) * RANK // RANKS:len(rows) * (RANK + 1) // RANKS]
 
@@ -2206,13 +2208,13 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, n):
         every = rows.new_zeros(*rows.shape[:-2], n, rows.shape[-1])
-        own(every.transpose(0, -2)).copy_(rows.transpose(0, -2))
+        my_share(every.transpose(0, -2)).copy_(rows.transpose(0, -2))
         dist.all_reduce(every)  # a sum: rows of other ranks are 0
         return every
 
     @staticmethod
     def backward(ctx, gradient):
-        return RANKS * own(gradient.transpose(0, -2)).transpose(0, -2), None
+        return RANKS * my_share(gradient.transpose(0, -2)).transpose(0, -2), None
 
 
 def gathered(rows, n):
@@ -2224,7 +2226,7 @@ def forward(model, images, splits, inside=False):
     """-> the network's output for a batch, (..., B, D), computed in `splits` chunks as if on so
     many GPUs; each rank forwards its share of the chunks and gets the features of all."""
     with statistics_of_all(model, splits):
-        outputs = [model(chunk, inside) for chunk in own(images.chunk(splits))]
+        outputs = [model(chunk, inside) for chunk in my_share(images.chunk(splits))]
 
     def whole(features):
         return gathered(torch.cat(features, -2), len(images))

@@ -205,7 +205,7 @@ def first_chapter(run, device):
         if "nets" in state:
             for name in ("students", "slow"):
                 module = torch.nn.ModuleList(copy.deepcopy(run.model) for _ in networks)
-                common.fill(module, state[name], f"{run.path} holds no fitting networks")
+                common.load_into(module, state[name], f"{run.path} holds no fitting networks")
                 others.append(module.eval())
         if state.get("stage") == "student":
             args = argparse.Namespace(**state)

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -267,6 +266,7 @@ def measure_memory(name):
     features have the 2,048 dimensions of ResNet-50's. Not in it: the search for clusters."""
     def backbone(arch, weights):
         return torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Conv2d(3, 2048, 1))
+    import resource  # not on Windows
     common.ARCHS["nothing"] = 2048, backbone
     rng, (_, counts) = np.random.default_rng(0), common.DATASETS[name]
     with tempfile.TemporaryDirectory() as folder:

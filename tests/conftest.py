@@ -42,6 +42,12 @@ def short(folder, out, *more):
     return ["--data", str(folder), "--out", str(out), *SHORT, *more]
 
 
+def spelled(flags):
+    """A dict of flags -> the words of a command line."""
+    return [word for name, value in flags.items()
+            for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
 def program(script, *words, cwd=None):
     """Run a page as a person does -> CompletedProcess. Where the system can, in a fork of this
     process, which has imported everything: that takes a tenth of the time of a start."""

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from conftest import (change_clusters, check_end, check_features, check_forward, check_line,
                       check_scaler, check_seed, check_start, check_step, check_view, close,
-                      collapse, double, learning, rate, same_loss, short, stop_after, the_next)
+                      collapse, double, learning, rate, same_loss, short, spelled, stop_after,
+                      the_next)
 
 import ccsd
 import common
@@ -219,12 +220,6 @@ FLAGS = dict(refine="split", base=2, intra=3, cross=5, kd=7, temp=.08, momentum=
 P, K = 4, 3
 
 
-def words(folder, out, flags, *more):
-    given = (word for name, value in flags.items()
-             for word in (f"--{name.replace('_', '-')}", str(value)))
-    return short(folder, out, *given, *more)
-
-
 def plain_labels(features, cams, flags, centred):
     """Steps 1 to 3 -> unrefined labels, labels. features (N, D): those of the network."""
     f = slow.centre(features, cams) if centred else features
@@ -287,7 +282,7 @@ def test_a_run_is_that_of_the_docstring(name, tiny, tmp_path, monkeypatch, two_l
     """
     change, more, starts = RUNS[name]
     flags = {**FLAGS, **change}
-    argv = words(tiny, tmp_path, flags, *more)
+    argv = short(tiny, tmp_path, *spelled(flags), *more)
     refined = watch(ccsd, "reassign")
     if name == "split, collapsed":
         change_clusters(collapse({1, 3}), monkeypatch)
@@ -396,7 +391,7 @@ def follow(told, flags, more, starts, folder, result):
 
 
 def test_fp16_is_scaled(tiny, tmp_path, monkeypatch, two_layers, story):
-    argv = words(tiny, tmp_path, FLAGS, "--precision", "fp16")
+    argv = short(tiny, tmp_path, *spelled(FLAGS), "--precision", "fp16")
     check_scaler(story, lambda: ccsd.main(argv), monkeypatch)
 
 

@@ -212,10 +212,25 @@ def test_a_damaged_test_image_is_named_before_training(tmp_path, capsys):
     assert not (tmp_path / "out" / "last.pt").exists()
 
 
-def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_read(monkeypatch, capsys):
-    monkeypatch.setattr(common, "read_text", lambda path: "MemAvailable: 2000000 kB\n")
+def test_images_that_do_not_fit_in_memory_are_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "meminfo").write_text("MemFree: 1 kB\nMemAvailable: 2000000 kB\n")
+    monkeypatch.setattr(common, "MEMINFO", str(tmp_path / "meminfo"))
     split = common.Split(["none.jpg"] * 32621, None, None)
     with pytest.raises(common.Problem, match="32,621 images .* take 3.2 GB.* 2.0 are free"):
         common.read_images(split, 256, 128)
     common.check_memory(12936, 256, 128)
     assert "12,936 images of 256 x 128 take 1.3 GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("free, images, moved", [
+    (7, .02, True), (7, 1.3, False), (15, .02, True), (15, 1.3, False), (23, 1.3, True),
+    (23, 12, False), (79, 12, True)])  # GB
+def test_images_leave_room_on_a_small_card(free, images, moved, monkeypatch):
+    class Images:
+        nbytes = images * 1e9
+
+        def to(self, device):
+            return device
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 1e9, 80e9))
+    mine = Images()
+    assert common.place(mine, CUDA) is (CUDA if moved else mine) and common.place(mine, CPU) is mine

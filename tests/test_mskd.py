@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import (change_clusters, check_end, check_features, check_forward, check_line,
                       check_scaler, check_seed, check_start, check_step, check_view, close,
                       collapse, double, learning, losses, permuted_ids, rate, refusal,
-                      same_weights, short, stop_after, the_next, two_layers, weights)
+                      same_weights, short, spelled, stop_after, the_next, two_layers, weights)
 
 import common
 import eval
@@ -131,12 +131,6 @@ FLAGS = dict(l1=.2, l2=.3, mu=2, temp=.08, momentum=.3, eps=.57, k1=8, epochs=2,
 P, K = 3, 2
 
 
-def words(folder, out, flags, *more):
-    given = (word for name, value in flags.items()
-             for word in (f"--{name.replace('_', '-')}", str(value)))
-    return short(folder, out, *given, *more)
-
-
 def plain_labels(views, cams, flags, centred):
     """Step 2 -> labels. views (3, N, D): features of a network."""
     j = [slow.jaccard_distance(slow.centre(f, cams) if centred else f, flags["k1"]) for f in views]
@@ -170,7 +164,7 @@ def test_a_run_is_that_of_the_docstring(name, tiny, tmp_path, monkeypatch, story
     """
     change, more = RUNS[name]
     flags = {**FLAGS, **change}
-    argv = words(tiny, tmp_path, flags, *more)
+    argv = short(tiny, tmp_path, *spelled(flags), *more)
     if "--resume" in more:
         change_clusters(collapse({1, 4}), monkeypatch)             # the first after each stop
         for epoch in (1, 0):                                       # the teacher, the first round
@@ -276,7 +270,7 @@ def follow(told, flags, more, train, images, teacher=None):
 
 
 def test_fp16_is_scaled(tiny, tmp_path, monkeypatch, story):
-    argv = words(tiny, tmp_path, FLAGS, "--precision", "fp16")
+    argv = short(tiny, tmp_path, *spelled(FLAGS), "--precision", "fp16")
     check_scaler(story, lambda: mskd.main(argv), monkeypatch)
 
 

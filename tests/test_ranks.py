@@ -228,7 +228,7 @@ def shares():
     torch.testing.assert_close(features, whole, atol=1e-5, rtol=0)
     features = F.normalize(torch.randn(37, 8))
     rank = common.nearest(features, 5)
-    assert len(common.own(features)) == (18, 19)[common.RANK]
+    assert len(common.my_share(features)) == (18, 19)[common.RANK]
     np.testing.assert_array_equal(rank, (features @ features.T).topk(5).indices)
     assert common.from_rank_0(lambda: os.environ["RANK"]) == "0"
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import (change_clusters, check_end, check_features, check_forward, check_line,
                       check_scaler, check_seed, check_step, check_view, close, collapse, double,
                       draw, learning, losses, older, permuted_ids, rate, refusal, same_loss,
-                      same_weights, short, stop_after, the_next, two_layers, weights)
+                      same_weights, short, spelled, stop_after, the_next, two_layers, weights)
 from scipy.sparse import csr_array
 
 import common
@@ -158,12 +158,6 @@ FLAGS = dict(nets=2, id=.7, soft=.4, ms=3, nuc=1.5, alpha=.6, temp=1.7, rho=.06,
              source_epochs=2, source_iters=2, epochs=2, iters=2, lr=1e-3, lr_drop=0, bn_splits=2,
              batch_size=6, eval_every=2, seed=5)
 P, K = 3, 2
-
-
-def words(other, folder, out, flags, *more):
-    given = (word for name, value in flags.items()
-             for word in (f"--{name.replace('_', '-')}", str(value)))
-    return pair(other, folder, out, *given, *more)
 
 
 def plain_terms(pooled, z, soft, k, flags):
@@ -414,7 +408,7 @@ def test_a_run_is_that_of_the_docstring(name, finished, tiny, other, tmp_path, m
     change, more = RUNS[name]
     flags, home = {**FLAGS, **change}, tmp_path
     more = [*more, str(finished / "source")] if "--sources" in more else more
-    argv = words(other, tiny, tmp_path, flags, *more)
+    argv = pair(other, tiny, tmp_path, *spelled(flags), *more)
     if "--sources" in more:
         home = finished
         change_clusters(collapse({1}), monkeypatch)                # the first after the stop
@@ -436,7 +430,7 @@ def test_a_run_is_that_of_the_docstring(name, finished, tiny, other, tmp_path, m
 
 
 def test_fp16_is_scaled(finished, tiny, other, tmp_path, monkeypatch, story):
-    argv = words(other, tiny, tmp_path, FLAGS, "--precision", "fp16")
+    argv = pair(other, tiny, tmp_path, *spelled(FLAGS), "--precision", "fp16")
     check_scaler(story, lambda: sskd.main(argv), monkeypatch)
 
 
