@@ -437,8 +437,8 @@ def test_a_student_finds_no_answer_and_hears_what_is_wrong(tmp_path, tiny):
     wrong = MISTAKES["common.update_memory"][-1]                   # the order
     fill(folder, "common", inspect.getsource(cluster_means),
          inspect.getsource(update_memory).replace(*wrong[:2]))
-    tested = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests"], cwd=folder,
-                            capture_output=True, text=True).stdout
+    tested = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rN", "tests"], cwd=folder,
+                            capture_output=True, text=True).stdout     # -rN: every message once
     passed = sum(len(cases(f"common.{name}", 0)) for name in ("cluster_means", "update_memory")) - 1
     blank = sum(len(cases(name, 0)) for name in handout.BLANKS) - passed - 1
     assert f"{blank + 1} failed, {passed} passed" in tested
