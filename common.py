@@ -645,11 +645,12 @@ def score_ranking(similarities, query, gallery, topk=(1, 5, 10), block=256):
     """evaluate() for similarities (block, G) that are given for a block of queries at a time."""
     precision, first = [], []
     for start, similar in zip(range(0, len(query.pids), block), similarities):
+        similar = similar if similar.is_cuda else similar.cpu()  # MPS has no float64
         same_id = query.pids[start:start + block, None] == gallery.pids
         same_cam = query.cams[start:start + block, None] == gallery.cams
-        right = torch.from_numpy(same_id & ~same_cam)                             # (block, G)
-        similar = similar.cpu()
-        similar.masked_fill_(torch.from_numpy(same_id & same_cam), -math.inf)     # ignored
+        right = send(torch.from_numpy(same_id & ~same_cam), similar.device)       # (block, G)
+        ignored = send(torch.from_numpy(same_id & same_cam), similar.device)
+        similar.masked_fill_(ignored, -math.inf)
         valid = right.any(1)
         if valid.any():
             AP, wrong = average_precision(similar[valid], right[valid])
@@ -657,7 +658,7 @@ def score_ranking(similarities, query, gallery, topk=(1, 5, 10), block=256):
             first.append(wrong)
     if not precision:
         raise Problem("no query has a right answer in another camera (check the file names)")
-    precision, first = torch.cat(precision), torch.cat(first)
+    precision, first = torch.cat(precision).cpu(), torch.cat(first).cpu()
     cmc = {f"rank{k}": (first < k).double().mean().item() for k in topk}
     return dict(mAP=precision.mean().item(), **cmc, queries=len(precision))
 
@@ -665,20 +666,23 @@ def score_ranking(similarities, query, gallery, topk=(1, 5, 10), block=256):
 def average_precision(similar, right):
     """-> AP of each query, (b,) float64, and how many wrong answers precede its first right one.
 
-    similar, right (b, G) on the CPU, with at least one right answer per query. AP is the mean of
+    similar, right (b, G) on any device, with at least one right answer per query. AP is the mean of
     the precision at the ranks of the right answers, not interpolated: hits at ranks 1, 2, 4, 7 give
     0.8304 (the Matlab script's trapezoid: 0.8110). The n-th best right answer has rank n plus the
     number of wrong ones at least as similar (ties count as ahead), so sorted values are enough.
     """
     total = right.sum(1)
-    nth = torch.arange(1, int(total.max()) + 1)
+    nth = torch.arange(1, int(total.max()) + 1, device=total.device)
     valid = nth <= total[:, None]                                                 # (b, most)
     best = similar.new_full(valid.shape, -math.inf)
     best[valid] = similar[right]
     best = best.sort(1, descending=True).values                # the n-th best right answer
 
     def at_least_as_similar(answers):
-        answers = torch.from_numpy(np.sort(answers.numpy(), 1))
+        if answers.is_cuda:
+            answers = answers.sort(1).values
+        else:  # NumPy sorts several times as fast as PyTorch does on a CPU
+            answers = torch.from_numpy(np.sort(answers.numpy(), 1))
         return answers.shape[1] - torch.searchsorted(answers, best)
     wrong = at_least_as_similar(similar) - at_least_as_similar(best)              # (b, most)
     precision = torch.where(valid, nth.double() / (nth + wrong), 0)
@@ -1597,11 +1601,7 @@ def running_code(module):
     replaced in memory, or the file was edited and not loaded again, as happens in a notebook, of
     what is in memory."""
     text = read_text(module.__file__)
-    try:
-        file = described(runpy.run_path(module.__file__, run_name="file"))
-    except Exception:  # saved in the middle of an edit
-        file = {}
-    memory = described(vars(module))
+    file, memory = in_file(module.__file__, text), described(vars(module))
     if {**file, **memory} != file:
         name = os.path.basename(module.__file__)
         say(f"note: {name} in memory differs from the file (edited after its import, or changed "
@@ -1609,6 +1609,16 @@ def running_code(module):
             sys.stderr)
         text = repr(sorted(memory.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@functools.lru_cache
+def in_file(path, text):
+    """-> described() of a module's file with this text; {} if it was saved in the middle of an
+    edit."""
+    try:
+        return described(runpy.run_path(path, run_name="file"))
+    except Exception:
+        return {}
 
 
 def described(namespace):
@@ -1761,11 +1771,10 @@ def check_kernels(device):
 
 
 def seed_everything(seed):
-    """Same seed, same machine, same numbers. -> the CPU generator that draws batches and crops."""
+    """Same seed, same machine, same numbers; on a GPU but for the last digits, because its threads
+    add in any order. -> the CPU generator that draws batches and crops."""
     np.random.seed(seed)
     torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
     return torch.Generator().manual_seed(seed)
 
 

@@ -67,6 +67,7 @@ SETTINGS = {  # defaults of the flags; D4
 SETTINGS["toy-source"] = dict(SETTINGS["toy"], source="toy")
 SETTINGS["msmt17"] = dict(SETTINGS["market1501"], source="market1501")
 WEIGHT_DECAY, SMOOTHING = 5e-4, .1  # SMOOTHING: share of a hard label spread over all classes
+SAVE_EVERY = 5  # epochs on the source; ResNet-50's checkpoint has 300 MB
 TARGET_FLAGS = ("sources", "nets", "id", "soft", "ms", "nuc", "alpha", "shared_view", "rho", "eps",
                 "k1", "epochs", "iters", "lr_drop", "centre", "true_ids")  # not the source's
 
@@ -247,7 +248,9 @@ def train_source(args, i, device, images):
             scaler.update()
             loss_means.add(source=loss)
         losses = loss_means.values(epoch + 1)
-        log.epoch(title, losses=losses, epoch=epoch + 1, keep=dict(state, labels=labels))
+        due = (epoch + 1) % SAVE_EVERY == 0 or epoch + 1 == args.source_epochs
+        keep = dict(state, labels=labels) if due else None
+        log.epoch(title, losses=losses, epoch=epoch + 1, keep=keep)
     return path
 
 

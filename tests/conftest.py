@@ -39,7 +39,9 @@ SHORT = ["--arch", "small", "--weights", "none", "--size", "64", "32", "--epochs
 
 def short(folder, out, *more):
     """The flags of a run of seconds."""
-    return ["--data", str(folder), "--out", str(out), *SHORT, *more]
+    known = "--true-ids" in more and "--source" not in more  # labels need no good features
+    return ["--data", str(folder), "--out", str(out), *SHORT,
+            *(["--warm-up", "1"] if known else []), *more]
 
 
 def spelled(flags):
@@ -74,7 +76,11 @@ def run_in_fork(argv, cwd, out, err):
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
-        sys.argv, sys.path[0] = argv, os.path.dirname(argv[0])
+        home = os.path.dirname(argv[0])
+        sys.argv, sys.path[0] = argv, home
+        for name in {"common", "ccsd", "mskd", "sskd"} if home != HERE else ():
+            if os.path.exists(os.path.join(home, name + ".py")):  # a copy of the pages
+                sys.modules.pop(name, None)
         runpy.run_path(argv[0], run_name="__main__")
         code = 0
     except SystemExit as stop:

@@ -30,12 +30,11 @@ def copy(tmp_path, tiny):
     for name in ("ccsd.py", "mskd.py", "common.py"):
         shutil.copy(os.path.join(HERE, name), tmp_path)
 
-    def start(page, *words):
-        done = subprocess.run([sys.executable, page, "--data", str(tiny), *FEW, *words],
-                              cwd=tmp_path, capture_output=True, text=True)
+    def run(page, *words):
+        done = program(str(tmp_path / page), "--data", tiny, *FEW, *words, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return done
-    return start
+    return run
 
 
 def edit(path, old, new):
@@ -109,9 +108,8 @@ run()                                                          # 4
 
 
 def test_what_is_in_memory_is_what_a_notebook_s_run_is_named_after(copy, tmp_path, tiny):
-    done = subprocess.run([sys.executable, "-c", NOTEBOOK, "--data", str(tiny), *FEW],
-                          cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "notebook.py").write_text(NOTEBOOK)
+    done = copy("notebook.py")
     assert done.stdout.count("epoch 1/1") == 5 and "nothing to do" not in done.stdout
     assert len(folders(tmp_path)) == 5
     assert done.stderr.count("ccsd.py in memory differs from the file") == 3
@@ -125,8 +123,7 @@ def test_resume_over_edited_code_warns_and_another_out_is_never_mixed(copy, tmp_
     done = copy("ccsd.py", "--out", "mine", "--resume", "--epochs", "2")
     assert "warning: mine: ccsd.py was edited since this run began" in done.stderr
     assert len(losses(tmp_path / "mine")) == 4
-    done = subprocess.run([sys.executable, "ccsd.py", "--out", "mine"], cwd=tmp_path,
-                          capture_output=True, text=True)
+    done = program(str(tmp_path / "ccsd.py"), "--out", "mine", cwd=tmp_path)
     assert done.returncode == 2 and "mine" in done.stderr and "--out" in done.stderr
 
 
@@ -267,8 +264,8 @@ def test_the_lines_of_the_readme(tiny, tmp_path):
     ccsd.main(short(tiny, tmp_path / "runs" / "ccsd-toy-s0"))
     os.makedirs(tmp_path / "data")
     os.symlink(tiny, tmp_path / "data" / "toy")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
-                          text=True, env=dict(os.environ, PYTHONPATH=HERE))
+    (tmp_path / "lines.py").write_text(code)
+    done = program(str(tmp_path / "lines.py"), cwd=tmp_path)
     assert done.returncode == 0 and len(done.stdout.split()) >= 2, done.stderr
     assert -1 <= float(done.stdout.split()[0]) <= 1
 
