@@ -406,6 +406,7 @@ def test_a_run_is_that_of_the_docstring(name, finished, tiny, other, tmp_path, m
     """Every step of both stages: what it starts from, all losses and gradients, slow copies,
     classifiers, Adam, log."""
     change, more = RUNS[name]
+    monkeypatch.setattr(sskd, "SAVE_EVERY", 1)
     flags, home = {**FLAGS, **change}, tmp_path
     more = [*more, str(finished / "source")] if "--sources" in more else more
     argv = pair(other, tiny, tmp_path, *spelled(flags), *more)
@@ -427,6 +428,22 @@ def test_a_run_is_that_of_the_docstring(name, finished, tiny, other, tmp_path, m
             follow_source(told, flags, i, source, images, "--resume" in more and i == 1)
     trained = [weights(home / "source" / str(i)) for i in each]
     follow(told, flags, more, train, images, trained, result)
+
+
+def test_a_source_is_saved_now_and_then_and_at_its_end(other, tiny, tmp_path, monkeypatch):
+    """Its checkpoints are large; a run that is stopped goes on after the last of them."""
+    save, saved = common.save_checkpoint, []
+
+    def noted(path, **state):
+        saved.append(state["epoch"])
+        save(path, **state)
+    monkeypatch.setattr(sskd, "SAVE_EVERY", 2)
+    monkeypatch.setattr(common, "save_checkpoint", noted)
+    sskd.main(pair(other, tiny, tmp_path, *spelled({**FLAGS, "nets": 1, "source_epochs": 5,
+                                                    "source_iters": 1, "iters": 1, "epochs": 1})))
+    assert saved == [2, 4, 5, 1]
+    lines = losses(tmp_path / "source" / "1")
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5]
 
 
 def test_fp16_is_scaled(finished, tiny, other, tmp_path, monkeypatch, story):
