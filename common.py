@@ -231,11 +231,15 @@ def pk_batches(labels, cams, p, k, iters, generator):
     labels: (N,) int64; images with label -1 are never drawn. Labels are drawn in random order, each
     once before any repeats; the last ones, if fewer than p, are skipped. The first of the k images
     is uniform; the others come from other cameras than the first if there are any (cams=None: from
-    any camera), and without repeats if there are enough. Raises Problem for fewer than p labels.
+    any camera), and without repeats if there are enough. Raises Problem for fewer than p labels,
+    and for one alone, which has nothing to be told from: losses would be 0.
     A label of one image fills k places with it: outliers as labels of their own fill most of a
     batch with copies. Leave them out, and put them into the memory only, as negatives.
     """
     members = [np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0])]
+    if len(members) == 1:
+        raise Problem("1 cluster or person has nothing to be told from (take images of several "
+                      "people, or lower --eps of clusters)")
     if len(members) < p:
         raise Problem(f"{len(members)} clusters or people are fewer than the {p} of a batch (lower "
                       f"--batch-size to at most {len(members) * k}, or change --eps of clusters)")
