@@ -1987,13 +1987,12 @@ class Log:
                 raise Problem(f"keep={', '.join(taken)}: last.pt holds something else of that name "
                               "(call it otherwise)")
             model = keep["model"]
-            state = {name: value.get_state() if isinstance(value, torch.Generator) else
-                     torch.from_numpy(value) if isinstance(value, np.ndarray) else
-                     value.state_dict() if hasattr(value, "state_dict") else value
-                     for name, value in keep.items()}
-            if not all(value.isfinite().all() for value in tensors_in(state)):
-                raise Problem(f"{title}: weights are not finite, training diverged (lower --lr; "
-                              "the last good epoch is kept)")
+            state = {name: to_keep(name, value) for name, value in keep.items()}
+            bad = [name for name, value in state.items()
+                   if not all(x.isfinite().all() for x in tensors_in(value))]
+            if bad:
+                raise Problem(f"{title}: weights are not finite, in {', '.join(bad)}: training "
+                              "diverged (lower --lr; the last good epoch is kept)")
             clashing = {name: state.pop(name) for name in list(state)
                         if name in self.args}  # named like a flag
             from_rank_0(
@@ -2043,6 +2042,24 @@ def names_of(split):
     home = os.path.commonpath(split.paths)
     names = sorted(os.path.relpath(path, home) for path in split.paths)
     return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def to_keep(name, value):
+    """-> what last.pt holds of a value that epoch() keeps. Raises Problem for one that could be
+    written but not read again, such as a number or an array of NumPy inside a list."""
+    if isinstance(value, torch.Generator) or hasattr(value, "state_dict"):
+        return value.get_state() if isinstance(value, torch.Generator) else value.state_dict()
+    content = io.BytesIO()
+    try:
+        value = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+        torch.save(value, content)
+        content.seek(0)
+        torch.load(content, weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        raise Problem(f"keep={name}: a {type(value).__name__} that last.pt could not give back "
+                      "(keep arrays and tensors of numbers, and plain values: float(x), "
+                      "torch.from_numpy(x) within lists and dicts)") from error
+    return value
 
 
 def tensors_in(value):
