@@ -1075,8 +1075,8 @@ def read_folder(home, part):
 
 LAY_OUT = ("put the images in one folder, in one per camera, called cam1, cam2 or cam_left, in one "
            "per person, or in person folders inside camera folders, and nothing else beside them")
-PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "gallery", "query",
-         "probe", "eval", "dev"}  # words for parts of a data set, which are no people
+PART = re.compile("(?i)(?<![a-z])((train|test|galler|quer|probe)|(val|valid|validation|eval|dev)"
+                  "(?![a-z]))")  # words for parts of a data set, which are no people
 
 
 def read_own(home):
@@ -1095,8 +1095,8 @@ def read_own(home):
                 "PNG, BMP, WebP or TIFF" if others else "")
     if not images:
         raise Problem(f"{home} holds neither {', '.join(TRIPLES[0])} nor images"
-                      + (f"; {left_out} (convert them" if others else " (name another folder")
-                      + f", or {LAY_OUT})")
+                      + (f"; {left_out} (convert them, unpack archives" if others else
+                         " (name another folder") + f", or {LAY_OUT})")
     person_folder, camera_folder = read_levels(home, images)
     rows = []
     for parts, name in images:
@@ -1122,20 +1122,26 @@ def read_own(home):
 
 
 def list_tree(home, parts=(), levels=4):
-    """-> list of (folders below home, name) of all files, sorted, at most so many levels deep."""
+    """-> list of (folders below home, name) of all files, sorted. Raises Problem for more levels:
+    a link that leads back to a folder above it has no end."""
     files, folder = [], os.path.join(home, *parts)
+    if levels < 0:
+        raise Problem(f"{folder}: folders lie too deep, or a link leads back (name a folder nearer "
+                      f"to the images, or remove the link; {LAY_OUT})")
     for name in list_folder(folder):
         if not is_image(name) and os.path.isdir(os.path.join(folder, name)):
-            files += list_tree(home, (*parts, name), levels - 1) if levels else []
+            files += list_tree(home, (*parts, name), levels - 1)
         else:
             files.append((parts, name))
     return files
 
 
 def is_camera(folder):
-    """Is a folder called like a camera: c1, cam2, camA, cam_left, camera-3, front_camera?"""
+    """Is a folder called like a camera: c1, c1s2, cam2, camA, cam_left, front_camera, view3, left?
+    """
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", folder)
-    return bool(re.fullmatch(r"(?i)c[ _-]?\d+", folder) or any(
+    plain = r"(?i)(c|ch|channel|view)[ _-]?\d+(s\d+)?|left|right|front|back"
+    return bool(re.fullmatch(plain, folder) or any(
         re.fullmatch(r"(?i)(\w*cam|camera|kamera)[a-z]?", word) for word in words))
 
 
@@ -1145,7 +1151,7 @@ def read_levels(home, images):
     where = [os.path.join(home, *parts) for parts in folders]
     for parts in folders:
         for level, name in enumerate(parts):
-            if PARTS.intersection(re.split(r"[\W_\d]+", name.lower())):
+            if PART.search(name):
                 part = os.path.join(home, *parts[:level + 1])
                 raise Problem(
                     f"{part} is called like a part of a data set and not like a camera or a person "
@@ -1162,17 +1168,17 @@ def read_levels(home, images):
                       f"in {where[0]} (name a folder nearer to them, or {LAY_OUT})")
     levels = [sorted({parts[level] for parts in folders}) for level in range(depths[0])]
     cameras = [sum(map(is_camera, names)) for names in levels]
-    for names, number in zip(levels, cameras):
-        if 0 < number < len(names):
-            odd = next(name for name in names if not is_camera(name))
-            raise Problem(f"{home} holds images in {os.path.join(home, odd)} beside those in "
-                          f"folders such as {next(filter(is_camera, names))} ({LAY_OUT})")
-    if len(levels) == 2 and bool(cameras[0]) == bool(cameras[1]):
+    for level, names in enumerate(levels):
+        if 0 < cameras[level] < len(names):
+            odd = next(x for x, parts in zip(where, folders) if not is_camera(parts[level]))
+            raise Problem(f"{home} holds images in {odd} beside those in folders such as "
+                          f"{next(filter(is_camera, names))} ({LAY_OUT})")
+    people = [level for level, number in enumerate(cameras) if not number
+              and (level or len(levels[0]) > 1)]  # one folder around all images is no person
+    if len(people) == 2 or len(levels) == 2 and all(cameras):
         raise Problem(f"{home}: which level of {where[0]} is the camera and which the person is "
                       f"not to be seen ({LAY_OUT})")
-    camera = next((level for level, number in enumerate(cameras) if number), None)
-    person = next((level for level, number in enumerate(cameras) if not number), None)
-    return person, camera
+    return (people or [None])[0], next((x for x, number in enumerate(cameras) if number), None)
 
 
 def check_names(rows):
@@ -1263,10 +1269,12 @@ def read_text(path):
 
 
 def check_files(rows):
-    """Raises Problem for a path that is no file nor a link to one: a pipe, a folder, a loop."""
-    for path, *_ in rows:
-        if not os.path.isfile(path):
-            raise Problem(f"{path} cannot be read: not a file (remove it or copy it again)")
+    """Raises Problem for paths that are no file nor a link to one: a pipe, a folder, a loop."""
+    bad = [path for path, *_ in rows if not os.path.isfile(path)]
+    if bad:
+        raise Problem(f"{len(bad)} of {len(rows)} images cannot be read: not a file: "
+                      f"{', '.join(bad[:5])}{' ...' * (len(bad) > 5)} (remove them or copy them "
+                      "again)")
 
 
 def take_half(rows, half):
@@ -1347,6 +1355,7 @@ def to_rgb(picture, form):
     in a viewer. Raises ValueError for modes whose range of values is not known."""
     if picture.mode.startswith("I;16") or (picture.mode, form) == ("I", "PNG"):
         grey = np.asarray(picture).astype(np.float32) / 257  # 65535 -> 255
+        grey[grey == picture.info.get("transparency", -1) / 257] = 255
         return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
     if picture.mode in ("I", "F"):
         raise ValueError(f"mode {picture.mode}, 32 bits a pixel; convert it to 8 bits")
@@ -1364,7 +1373,8 @@ KINDS_OF_FILES = {  # how files begin that are called .jpg and are none
     b"<!DOCTYPE": "a web page, so the download failed",
     b"<html": "a web page, so the download failed",
     b"<?xml": "XML or SVG", b"%!PS": "PostScript", b"GIF8": "GIF", b"PK": "a zip archive",
-    b"P5": "PGM", b"P6": "PPM", b"\0\0\0\x0cjP": "JPEG 2000", b"ftypavif": "AVIF", b"ftyp": "HEIC"}
+    b"P5": "PGM", b"P6": "PPM", b"\0\0\0\x0cjP": "JPEG 2000", b"ftypavif": "AVIF",
+    b"ftyp": "HEIC or a video"}
 
 
 def what_is(path):

@@ -205,6 +205,9 @@ def test_pictures_look_as_in_a_viewer(tmp_path):
     grey = np.array(picture.convert("L"))
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
     assert (np.array(common.open_image(tmp_path / "16.png")) == grey[:, :, None]).all()
+    Image.fromarray(grey.astype(np.uint16) * 257).save(
+        tmp_path / "16.png", transparency=257 * int(grey[0, 0]))
+    assert (np.array(common.open_image(tmp_path / "16.png"))[0, 0] == 255).all()
     Image.fromarray(grey.astype(np.float32)).save(tmp_path / "f.tif")
     with pytest.raises(common.Problem, match="f.tif.*.mode F"):
         common.open_image(tmp_path / "f.tif")
