@@ -1615,7 +1615,8 @@ def running_code(module):
     replaced in memory, or the file was edited and not loaded again, as happens in a notebook, of
     what is in memory."""
     text = read_text(module.__file__)
-    file, memory = in_file(module.__file__, text), described(vars(module))
+    file = in_file(module.__file__, text)
+    memory = described(vars(module), file if NOTEBOOK else ())
     if {**file, **memory} != file:
         name = os.path.basename(module.__file__)
         say(f"note: {name} in memory differs from the file (edited after its import, or changed "
@@ -1635,36 +1636,41 @@ def in_file(path, text):
         return {}
 
 
-def described(namespace):
-    """-> dict of what a module's own functions, classes and constants do, as text."""
+def described(namespace, names=()):
+    """-> dict of what a module's own functions, classes and constants do, as text, and of what
+    stands for `names` now, though it is not its own."""
     own, found = ("file", "__main__", namespace["__name__"]), {}
 
     def code(function):
-        body = inspect.unwrap(function).__code__
-        parts = [body]
+        chain = []  # a function and what it is wrapped around
+        chain.append(inspect.unwrap(function, stop=chain.append))
+        parts = [x.__code__ for x in chain if hasattr(x, "__code__")]
         for part in parts:  # functions within functions too
             parts += [x for x in part.co_consts if inspect.iscode(x)]
         constants = [[sorted(map(repr, x)) if isinstance(x, frozenset) else x
                       for x in part.co_consts if not inspect.iscode(x)] for part in parts]
-        return repr([getattr(function, "__defaults__", None), constants,
+        cells = [x.cell_contents for x in chain[-1].__closure__ or ()]
+        return repr([chain[-1].__defaults__, chain[-1].__kwdefaults__, constants,
+                     [content(x) for x in cells if not inspect.isclass(x) and x is not chain[-1]],
                      *((part.co_code, part.co_names, part.co_varnames) for part in parts)])
 
-    def constant(value):
+    def content(value):
         if isinstance(value, dict):
-            return {key: constant(x) for key, x in value.items()}
+            return {key: content(x) for key, x in value.items()}
         if isinstance(value, tuple):
-            return [constant(x) for x in value]
-        return code(value) if inspect.isfunction(value) else value  # its repr holds an address
+            return [content(x) for x in value]
+        if isinstance(value, functools.partial):
+            return content((value.func, value.args, value.keywords))
+        value = value.__func__ if isinstance(value, staticmethod) else value
+        if inspect.isclass(value):
+            return [content(x) for x in vars(value).values()
+                    if isinstance(x, staticmethod) or inspect.isfunction(x)]
+        return code(value) if hasattr(inspect.unwrap(value), "__code__") else value
     for name, value in namespace.items():
-        if inspect.isroutine(inspect.unwrap(value)) and hasattr(inspect.unwrap(value), "__code__"):
-            if value.__module__ in own:
-                found[name] = code(value)
-        elif inspect.isclass(value) and value.__module__ in own:
-            found[name] = repr([code(x) for x in vars(value).values() if inspect.isfunction(x)])
-        elif name.isupper() and name not in STATE and isinstance(
-                value, (int, float, str, tuple, dict)):
-            found[name] = repr(constant(value))
-    return found
+        if name in names or getattr(value, "__module__", "") in own and callable(value) or (
+                name.isupper() and isinstance(value, (int, float, str, tuple, dict))):
+            found[name] = repr(content(value))  # a function's own repr holds an address
+    return {name: text for name, text in found.items() if name not in STATE}
 
 
 def short_errors(page, words):
