@@ -1538,14 +1538,15 @@ def add_run_flags(parser, warm_up=True):
 
 
 def parse(parser, argv, method, settings, not_in_first_stage=()):
-    """Parse argv with the defaults for its --data (for other folders: market1501's or, with
-    --weights none, the toy set's) and check that the flags fit together. Adds `code`, hashes of the
-    source files, and `first_stage`, the folder of the first stage, which the flags
-    not_in_first_stage do not affect. Raises Problem."""
+    """Parse argv, words or one line, with the defaults for its --data (for other folders:
+    market1501's or, with --weights none, the toy set's) and check that the flags fit together. Adds
+    `code`, hashes of the source files, and `first_stage`, the folder of the first stage, which the
+    flags not_in_first_stage do not affect. Raises Problem."""
     early = Parser("", add_help=False)
     early.add_argument("--data", default="toy")
     early.add_argument("--weights")
     early.add_argument("--quick", action="store_true")
+    argv = shlex.split(argv) if isinstance(argv, str) else argv
     words = [str(word) for word in (COMMAND_LINE if argv is None else argv)]
     early, _ = early.parse_known_args(argv)
     other = settings["toy" if early.weights == "none" else "market1501"]
@@ -2182,7 +2183,10 @@ def embed(model, files):
     """Features of image files, one or several, from a network of load_encoder() -> (len(files), D),
     unit rows, so that the product of two rows is the similarity of two images, from -1 to 1."""
     files = [files] if isinstance(files, (str, os.PathLike)) else files
-    return global_features(model, Split([os.fspath(file) for file in files], None, None))
+    files = [os.fspath(file) for file in files]
+    if not files:
+        raise Problem("no image files are named (look at the folder and the pattern)")
+    return global_features(model, Split(files, None, None))
 
 
 # ================================================================================== F several GPUs

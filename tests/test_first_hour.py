@@ -235,11 +235,14 @@ def test_paths_and_numbers_are_words_and_a_notebook_s_own_are_not(tiny, tmp_path
     assert ccsd.get_args().data == "toy" and mskd.get_args().out and sskd.get_args().out
     args = ccsd.get_args(["--data", tiny, "--seed", 3])
     assert args.data == str(tiny) and args.seed == 3
+    assert ccsd.get_args("--data 'a b' --seed 3").data == "a b"      # a line, as in a shell
     assert len(common.load(tiny)[0].paths) == 72
     checkpoint(tmp_path / "last.pt")
     model, _ = common.load_encoder(tmp_path)
     file = common.load(tiny)[1].paths[0]
     assert torch.equal(common.embed(model, file), common.embed(model, [file]))
+    with pytest.raises(common.Problem, match="no image files are named"):
+        common.embed(model, [])
 
 
 @pytest.mark.parametrize("wrap, prefix", [("state_dict", "module."), ("model", "backbone."),
