@@ -1454,7 +1454,7 @@ ON_A_CPU = ("--arch resnet18-layer3 --size 128 64 --epochs 40 --iters 200 --batc
             "--num-instances 4 --bn-splits 1 --lr-drop 0 --eps .5 --precision bf16 --centre")
 QUICK = dict(  # defaults of --quick
     epochs=2, iters=3, batch_size=16, num_instances=4, bn_splits=1, eval_every=2, warm_up=1,
-    source_epochs=1, source_iters=3, nets=1, k1=10, eps=.6)
+    source_epochs=1, source_iters=3, nets=1, k1=10, eps=.6, on_collapse="skip")
 SCHEDULE = dict(
     epochs=(int, 1, "epochs, each with a new clustering"), iters=(int, 1, "batches per epoch"),
     batch_size=(int, 2, "B = P x K images"), num_instances=(int, 1, "K, images per cluster"),
