@@ -231,11 +231,15 @@ def pk_batches(labels, cams, p, k, iters, generator):
     labels: (N,) int64; images with label -1 are never drawn. Labels are drawn in random order, each
     once before any repeats; the last ones, if fewer than p, are skipped. The first of the k images
     is uniform; the others come from other cameras than the first if there are any (cams=None: from
-    any camera), and without repeats if there are enough. Raises Problem for fewer than p labels.
+    any camera), and without repeats if there are enough. Raises Problem for fewer than p labels,
+    and for one alone, which has nothing to be told from: losses would be 0.
     A label of one image fills k places with it: outliers as labels of their own fill most of a
     batch with copies. Leave them out, and put them into the memory only, as negatives.
     """
     members = [np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0])]
+    if len(members) == 1:
+        raise Problem("1 cluster or person has nothing to be told from (take images of several "
+                      "people, or lower --eps of clusters)")
     if len(members) < p:
         raise Problem(f"{len(members)} clusters or people are fewer than the {p} of a batch (lower "
                       f"--batch-size to at most {len(members) * k}, or change --eps of clusters)")
@@ -1071,8 +1075,8 @@ def read_folder(home, part):
 
 LAY_OUT = ("put the images in one folder, in one per camera, called cam1, cam2 or cam_left, in one "
            "per person, or in person folders inside camera folders, and nothing else beside them")
-PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "gallery", "query",
-         "probe", "eval", "dev"}  # words for parts of a data set, which are no people
+PART = re.compile("(?i)(?<![a-z])((train|test|galler|quer|probe)|(val|valid|validation|eval|dev)"
+                  "(?![a-z]))")  # words for parts of a data set, which are no people
 
 
 def read_own(home):
@@ -1091,8 +1095,8 @@ def read_own(home):
                 "PNG, BMP, WebP or TIFF" if others else "")
     if not images:
         raise Problem(f"{home} holds neither {', '.join(TRIPLES[0])} nor images"
-                      + (f"; {left_out} (convert them" if others else " (name another folder")
-                      + f", or {LAY_OUT})")
+                      + (f"; {left_out} (convert them, unpack archives" if others else
+                         " (name another folder") + f", or {LAY_OUT})")
     person_folder, camera_folder = read_levels(home, images)
     rows = []
     for parts, name in images:
@@ -1118,20 +1122,26 @@ def read_own(home):
 
 
 def list_tree(home, parts=(), levels=4):
-    """-> list of (folders below home, name) of all files, sorted, at most so many levels deep."""
+    """-> list of (folders below home, name) of all files, sorted. Raises Problem for more levels:
+    a link that leads back to a folder above it has no end."""
     files, folder = [], os.path.join(home, *parts)
+    if levels < 0:
+        raise Problem(f"{folder}: folders lie too deep, or a link leads back (name a folder nearer "
+                      f"to the images, or remove the link; {LAY_OUT})")
     for name in list_folder(folder):
         if not is_image(name) and os.path.isdir(os.path.join(folder, name)):
-            files += list_tree(home, (*parts, name), levels - 1) if levels else []
+            files += list_tree(home, (*parts, name), levels - 1)
         else:
             files.append((parts, name))
     return files
 
 
 def is_camera(folder):
-    """Is a folder called like a camera: c1, cam2, camA, cam_left, camera-3, front_camera?"""
+    """Is a folder called like a camera: c1, c1s2, cam2, camA, cam_left, front_camera, view3, left?
+    """
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", folder)
-    return bool(re.fullmatch(r"(?i)c[ _-]?\d+", folder) or any(
+    plain = r"(?i)(c|ch|channel|view)[ _-]?\d+(s\d+)?|left|right|front|back"
+    return bool(re.fullmatch(plain, folder) or any(
         re.fullmatch(r"(?i)(\w*cam|camera|kamera)[a-z]?", word) for word in words))
 
 
@@ -1141,7 +1151,7 @@ def read_levels(home, images):
     where = [os.path.join(home, *parts) for parts in folders]
     for parts in folders:
         for level, name in enumerate(parts):
-            if PARTS.intersection(re.split(r"[\W_\d]+", name.lower())):
+            if PART.search(name):
                 part = os.path.join(home, *parts[:level + 1])
                 raise Problem(
                     f"{part} is called like a part of a data set and not like a camera or a person "
@@ -1158,17 +1168,17 @@ def read_levels(home, images):
                       f"in {where[0]} (name a folder nearer to them, or {LAY_OUT})")
     levels = [sorted({parts[level] for parts in folders}) for level in range(depths[0])]
     cameras = [sum(map(is_camera, names)) for names in levels]
-    for names, number in zip(levels, cameras):
-        if 0 < number < len(names):
-            odd = next(name for name in names if not is_camera(name))
-            raise Problem(f"{home} holds images in {os.path.join(home, odd)} beside those in "
-                          f"folders such as {next(filter(is_camera, names))} ({LAY_OUT})")
-    if len(levels) == 2 and bool(cameras[0]) == bool(cameras[1]):
+    for level, names in enumerate(levels):
+        if 0 < cameras[level] < len(names):
+            odd = next(x for x, parts in zip(where, folders) if not is_camera(parts[level]))
+            raise Problem(f"{home} holds images in {odd} beside those in folders such as "
+                          f"{next(filter(is_camera, names))} ({LAY_OUT})")
+    people = [level for level, number in enumerate(cameras) if not number
+              and (level or len(levels[0]) > 1)]  # one folder around all images is no person
+    if len(people) == 2 or len(levels) == 2 and all(cameras):
         raise Problem(f"{home}: which level of {where[0]} is the camera and which the person is "
                       f"not to be seen ({LAY_OUT})")
-    camera = next((level for level, number in enumerate(cameras) if number), None)
-    person = next((level for level, number in enumerate(cameras) if not number), None)
-    return person, camera
+    return (people or [None])[0], next((x for x, number in enumerate(cameras) if number), None)
 
 
 def check_names(rows):
@@ -1259,10 +1269,12 @@ def read_text(path):
 
 
 def check_files(rows):
-    """Raises Problem for a path that is no file nor a link to one: a pipe, a folder, a loop."""
-    for path, *_ in rows:
-        if not os.path.isfile(path):
-            raise Problem(f"{path} cannot be read: not a file (remove it or copy it again)")
+    """Raises Problem for paths that are no file nor a link to one: a pipe, a folder, a loop."""
+    bad = [path for path, *_ in rows if not os.path.isfile(path)]
+    if bad:
+        raise Problem(f"{len(bad)} of {len(rows)} images cannot be read: not a file: "
+                      f"{', '.join(bad[:5])}{' ...' * (len(bad) > 5)} (remove them or copy them "
+                      "again)")
 
 
 def take_half(rows, half):
@@ -1343,6 +1355,7 @@ def to_rgb(picture, form):
     in a viewer. Raises ValueError for modes whose range of values is not known."""
     if picture.mode.startswith("I;16") or (picture.mode, form) == ("I", "PNG"):
         grey = np.asarray(picture).astype(np.float32) / 257  # 65535 -> 255
+        grey[grey == picture.info.get("transparency", -1) / 257] = 255
         return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
     if picture.mode in ("I", "F"):
         raise ValueError(f"mode {picture.mode}, 32 bits a pixel; convert it to 8 bits")
@@ -1360,7 +1373,8 @@ KINDS_OF_FILES = {  # how files begin that are called .jpg and are none
     b"<!DOCTYPE": "a web page, so the download failed",
     b"<html": "a web page, so the download failed",
     b"<?xml": "XML or SVG", b"%!PS": "PostScript", b"GIF8": "GIF", b"PK": "a zip archive",
-    b"P5": "PGM", b"P6": "PPM", b"\0\0\0\x0cjP": "JPEG 2000", b"ftypavif": "AVIF", b"ftyp": "HEIC"}
+    b"P5": "PGM", b"P6": "PPM", b"\0\0\0\x0cjP": "JPEG 2000", b"ftypavif": "AVIF",
+    b"ftyp": "HEIC or a video"}
 
 
 def what_is(path):
@@ -1440,7 +1454,7 @@ ON_A_CPU = ("--arch resnet18-layer3 --size 128 64 --epochs 40 --iters 200 --batc
             "--num-instances 4 --bn-splits 1 --lr-drop 0 --eps .5 --precision bf16 --centre")
 QUICK = dict(  # defaults of --quick
     epochs=2, iters=3, batch_size=16, num_instances=4, bn_splits=1, eval_every=2, warm_up=1,
-    source_epochs=1, source_iters=3, nets=1, k1=10, eps=.6)
+    source_epochs=1, source_iters=3, nets=1, k1=10, eps=.6, on_collapse="skip")
 SCHEDULE = dict(
     epochs=(int, 1, "epochs, each with a new clustering"), iters=(int, 1, "batches per epoch"),
     batch_size=(int, 2, "B = P x K images"), num_instances=(int, 1, "K, images per cluster"),
@@ -1524,14 +1538,15 @@ def add_run_flags(parser, warm_up=True):
 
 
 def parse(parser, argv, method, settings, not_in_first_stage=()):
-    """Parse argv with the defaults for its --data (for other folders: market1501's or, with
-    --weights none, the toy set's) and check that the flags fit together. Adds `code`, hashes of the
-    source files, and `first_stage`, the folder of the first stage, which the flags
-    not_in_first_stage do not affect. Raises Problem."""
+    """Parse argv, words or one line, with the defaults for its --data (for other folders:
+    market1501's or, with --weights none, the toy set's) and check that the flags fit together. Adds
+    `code`, hashes of the source files, and `first_stage`, the folder of the first stage, which the
+    flags not_in_first_stage do not affect. Raises Problem."""
     early = Parser("", add_help=False)
     early.add_argument("--data", default="toy")
     early.add_argument("--weights")
     early.add_argument("--quick", action="store_true")
+    argv = shlex.split(argv) if isinstance(argv, str) else argv
     words = [str(word) for word in (COMMAND_LINE if argv is None else argv)]
     early, _ = early.parse_known_args(argv)
     other = settings["toy" if early.weights == "none" else "market1501"]
@@ -1601,7 +1616,8 @@ def running_code(module):
     replaced in memory, or the file was edited and not loaded again, as happens in a notebook, of
     what is in memory."""
     text = read_text(module.__file__)
-    file, memory = in_file(module.__file__, text), described(vars(module))
+    file = in_file(module.__file__, text)
+    memory = described(vars(module), file if NOTEBOOK else ())
     if {**file, **memory} != file:
         name = os.path.basename(module.__file__)
         say(f"note: {name} in memory differs from the file (edited after its import, or changed "
@@ -1621,36 +1637,41 @@ def in_file(path, text):
         return {}
 
 
-def described(namespace):
-    """-> dict of what a module's own functions, classes and constants do, as text."""
+def described(namespace, names=()):
+    """-> dict of what a module's own functions, classes and constants do, as text, and of what
+    stands for `names` now, though it is not its own."""
     own, found = ("file", "__main__", namespace["__name__"]), {}
 
     def code(function):
-        body = inspect.unwrap(function).__code__
-        parts = [body]
+        chain = []  # a function and what it is wrapped around
+        chain.append(inspect.unwrap(function, stop=chain.append))
+        parts = [x.__code__ for x in chain if hasattr(x, "__code__")]
         for part in parts:  # functions within functions too
             parts += [x for x in part.co_consts if inspect.iscode(x)]
         constants = [[sorted(map(repr, x)) if isinstance(x, frozenset) else x
                       for x in part.co_consts if not inspect.iscode(x)] for part in parts]
-        return repr([getattr(function, "__defaults__", None), constants,
+        cells = [x.cell_contents for x in chain[-1].__closure__ or ()]
+        return repr([chain[-1].__defaults__, chain[-1].__kwdefaults__, constants,
+                     [content(x) for x in cells if not inspect.isclass(x) and x is not chain[-1]],
                      *((part.co_code, part.co_names, part.co_varnames) for part in parts)])
 
-    def constant(value):
+    def content(value):
         if isinstance(value, dict):
-            return {key: constant(x) for key, x in value.items()}
+            return {key: content(x) for key, x in value.items()}
         if isinstance(value, tuple):
-            return [constant(x) for x in value]
-        return code(value) if inspect.isfunction(value) else value  # its repr holds an address
+            return [content(x) for x in value]
+        if isinstance(value, functools.partial):
+            return content((value.func, value.args, value.keywords))
+        value = value.__func__ if isinstance(value, staticmethod) else value
+        if inspect.isclass(value):
+            return [content(x) for x in vars(value).values()
+                    if isinstance(x, staticmethod) or inspect.isfunction(x)]
+        return code(value) if hasattr(inspect.unwrap(value), "__code__") else value
     for name, value in namespace.items():
-        if inspect.isroutine(inspect.unwrap(value)) and hasattr(inspect.unwrap(value), "__code__"):
-            if value.__module__ in own:
-                found[name] = code(value)
-        elif inspect.isclass(value) and value.__module__ in own:
-            found[name] = repr([code(x) for x in vars(value).values() if inspect.isfunction(x)])
-        elif name.isupper() and name not in STATE and isinstance(
-                value, (int, float, str, tuple, dict)):
-            found[name] = repr(constant(value))
-    return found
+        if name in names or getattr(value, "__module__", "") in own and callable(value) or (
+                name.isupper() and isinstance(value, (int, float, str, tuple, dict))):
+            found[name] = repr(content(value))  # a function's own repr holds an address
+    return {name: text for name, text in found.items() if name not in STATE}
 
 
 def short_errors(page, words):
@@ -1983,13 +2004,12 @@ class Log:
                 raise Problem(f"keep={', '.join(taken)}: last.pt holds something else of that name "
                               "(call it otherwise)")
             model = keep["model"]
-            state = {name: value.get_state() if isinstance(value, torch.Generator) else
-                     torch.from_numpy(value) if isinstance(value, np.ndarray) else
-                     value.state_dict() if hasattr(value, "state_dict") else value
-                     for name, value in keep.items()}
-            if not all(value.isfinite().all() for value in tensors_in(state)):
-                raise Problem(f"{title}: weights are not finite, training diverged (lower --lr; "
-                              "the last good epoch is kept)")
+            state = {name: to_keep(name, value) for name, value in keep.items()}
+            bad = [name for name, value in state.items()
+                   if not all(x.isfinite().all() for x in tensors_in(value))]
+            if bad:
+                raise Problem(f"{title}: weights are not finite, in {', '.join(bad)}: training "
+                              "diverged (lower --lr; the last good epoch is kept)")
             clashing = {name: state.pop(name) for name in list(state)
                         if name in self.args}  # named like a flag
             from_rank_0(
@@ -2039,6 +2059,24 @@ def names_of(split):
     home = os.path.commonpath(split.paths)
     names = sorted(os.path.relpath(path, home) for path in split.paths)
     return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def to_keep(name, value):
+    """-> what last.pt holds of a value that epoch() keeps. Raises Problem for one that could be
+    written but not read again, such as a number or an array of NumPy inside a list."""
+    if isinstance(value, torch.Generator) or hasattr(value, "state_dict"):
+        return value.get_state() if isinstance(value, torch.Generator) else value.state_dict()
+    content = io.BytesIO()
+    try:
+        value = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+        torch.save(value, content)
+        content.seek(0)
+        torch.load(content, weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        raise Problem(f"keep={name}: a {type(value).__name__} that last.pt could not give back "
+                      "(keep arrays and tensors of numbers, and plain values: float(x), "
+                      "torch.from_numpy(x) within lists and dicts)") from error
+    return value
 
 
 def tensors_in(value):
@@ -2145,7 +2183,10 @@ def embed(model, files):
     """Features of image files, one or several, from a network of load_encoder() -> (len(files), D),
     unit rows, so that the product of two rows is the similarity of two images, from -1 to 1."""
     files = [files] if isinstance(files, (str, os.PathLike)) else files
-    return global_features(model, Split([os.fspath(file) for file in files], None, None))
+    files = [os.fspath(file) for file in files]
+    if not files:
+        raise Problem("no image files are named (look at the folder and the pattern)")
+    return global_features(model, Split(files, None, None))
 
 
 # ================================================================================== F several GPUs

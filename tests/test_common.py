@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from conftest import HERE, checkpoint, older, quantised, refusal, short, unit
 from scipy.sparse import csgraph, csr_array
 from torch import nn
 
+import ccsd
 import common
 import mskd
 import sskd
@@ -154,6 +156,26 @@ def test_a_backbone_is_one_line_of_archs(tiny, tmp_path, monkeypatch, capsys):
     mskd.main([*words, "--size", "128", "32"])
     model, state = common.load_encoder(str(tmp_path / "teacher"))
     assert state["arch"] == "mobilenet" and model(torch.randn(2, 3, 128, 32)).shape == (3, 2, 960)
+
+
+def test_whatever_stands_for_a_function_names_a_run(monkeypatch):
+    """In a notebook: also what is no function of the notebook itself."""
+    monkeypatch.setattr(common, "NOTEBOOK", True)
+    old, marks = ccsd.distillation_loss, [common.running_code(ccsd)]
+
+    def times(factor, *, power=1):
+        def loss(*args, _power=power):
+            return factor * old(*args) ** _power
+        return loss
+    for other in (functools.partial(old, temp=1), F.kl_div, nn.KLDivLoss(), times(2),
+                  times(3), times(3, power=2), functools.wraps(old)(times(2))):
+        monkeypatch.setattr(ccsd, "distillation_loss", other)
+        marks.append(common.running_code(ccsd))
+    monkeypatch.setattr(ccsd, "distillation_loss", old)
+    assert len(set(marks)) == 8 and common.running_code(ccsd) == marks[0]
+    before = common.running_code(common)
+    monkeypatch.setattr(common.Gather, "backward", staticmethod(lambda ctx, gradient: gradient))
+    assert common.running_code(common) != before
 
 
 def test_encoder_pooling_avg_and_what_is_inside():

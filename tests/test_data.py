@@ -205,6 +205,9 @@ def test_pictures_look_as_in_a_viewer(tmp_path):
     grey = np.array(picture.convert("L"))
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
     assert (np.array(common.open_image(tmp_path / "16.png")) == grey[:, :, None]).all()
+    Image.fromarray(grey.astype(np.uint16) * 257).save(
+        tmp_path / "16.png", transparency=257 * int(grey[0, 0]))
+    assert (np.array(common.open_image(tmp_path / "16.png"))[0, 0] == 255).all()
     Image.fromarray(grey.astype(np.float32)).save(tmp_path / "f.tif")
     with pytest.raises(common.Problem, match="f.tif.*.mode F"):
         common.open_image(tmp_path / "f.tif")
@@ -300,18 +303,20 @@ def test_pk_batches():
 
 
 def test_pk_batches_anchor_is_uniform_and_cameras_can_be_ignored():
-    labels, cams = np.zeros(4, int), np.array([0, 0, 0, 1])
-    count = np.zeros(4)
-    for index in common.pk_batches(labels, cams, 1, 1, 4000, torch.Generator().manual_seed(0)):
+    labels, cams = np.array([0, 0, 0, 0, 1]), np.array([0, 0, 0, 1, 0])
+    count = np.zeros(5)
+    for index in common.pk_batches(labels, cams, 1, 1, 8000, torch.Generator().manual_seed(0)):
         count[index] += 1
-    assert abs(count / 4000 - .25).max() < .03
+    assert abs(count[:4] / 4000 - .25).max() < .03
     pairs = [index.tolist() for index in
-             common.pk_batches(labels, None, 1, 2, 300, torch.Generator().manual_seed(0))]
+             common.pk_batches(labels, None, 1, 2, 600, torch.Generator().manual_seed(0))]
     assert {b for a, b in pairs if a == 0} == {1, 2, 3}
     assert {b for a, b in [i.tolist() for i in common.pk_batches(
-        labels, cams, 1, 2, 300, torch.Generator().manual_seed(0))] if a == 0} == {3}
+        labels, cams, 1, 2, 600, torch.Generator().manual_seed(0))] if a == 0} == {3}
     with pytest.raises(common.Problem, match="--batch-size"):
-        next(common.pk_batches(labels, cams, 2, 2, 1, torch.Generator()))
+        next(common.pk_batches(labels, cams, 3, 2, 1, torch.Generator()))
+    with pytest.raises(common.Problem, match="nothing to be told from"):  # also of --true-ids
+        next(common.pk_batches(np.zeros(5, int), cams, 1, 2, 1, torch.Generator()))
 
 
 def test_halves_share_neither_people_nor_cameras(tmp_path):

@@ -235,11 +235,14 @@ def test_paths_and_numbers_are_words_and_a_notebook_s_own_are_not(tiny, tmp_path
     assert ccsd.get_args().data == "toy" and mskd.get_args().out and sskd.get_args().out
     args = ccsd.get_args(["--data", tiny, "--seed", 3])
     assert args.data == str(tiny) and args.seed == 3
+    assert ccsd.get_args("--data 'a b' --seed 3").data == "a b"      # a line, as in a shell
     assert len(common.load(tiny)[0].paths) == 72
     checkpoint(tmp_path / "last.pt")
     model, _ = common.load_encoder(tmp_path)
     file = common.load(tiny)[1].paths[0]
     assert torch.equal(common.embed(model, file), common.embed(model, [file]))
+    with pytest.raises(common.Problem, match="no image files are named"):
+        common.embed(model, [])
 
 
 @pytest.mark.parametrize("wrap, prefix", [("state_dict", "module."), ("model", "backbone."),
@@ -352,6 +355,11 @@ def pictures(folder, *names):
     (["cam3/0001_c3_1.jpg", "cam7/0002_c7_1.tif"], [1, 2], [3, 7]),
     (["cam01/anna/1.jpg", "cam02/anna/1.jpg"], [1, 1], [1, 2]),
     (["anna/cam1/1.jpg", "bob/cam2/1.jpg"], [1, 2], [1, 2]),
+    (["view1/1.jpg", "view3/1.jpg"], [-1, -1], [1, 3]),
+    (["c1s1/1.jpg", "c2s1/1.jpg"], [-1, -1], ["c1s1", "c2s1"]),
+    (["left/0001_c1_1.jpg", "right/0001_c2_1.jpg"], [1, 1], [1, 2]),
+    (["own/cam1/1.jpg", "own/cam2/1.jpg"], [-1, -1], [1, 2]),        # unpacked into itself
+    (["images/anna/1.jpg", "images/bob/1.jpg"], [1, 2], [0]),
     (["cameron/1_c2.jpg", "camille/2_c2.jpg"], [1, 2], [2])])
 def test_folders_of_cameras_and_people(names, pids, cameras, tmp_path, capsys):
     train, *_ = common.load(pictures(tmp_path / "own", *names))
@@ -362,11 +370,15 @@ def test_folders_of_cameras_and_people(names, pids, cameras, tmp_path, capsys):
 @pytest.mark.parametrize("names, says", [
     (["train/0001_c1_1.jpg", "test/0001_c2_1.jpg"], "test is called like a part.*--data .*test"),
     (["gallery/1.png", "probe/1.png"], "called like a part"),
-    (["left/0001_c1_1.jpg", "right/0001_c2_1.jpg"], "the folders are no persons"),
-    (["left/x_c1_1.jpg", "right/x_c2_1.jpg"], "images of one camera"),
+    (["trainset/1.jpg", "valset/1.jpg"], "trainset is called like a part"),
+    (["TestImages/1.jpg", "x/1.jpg"], "called like a part"),
+    (["hall/0001_c1_1.jpg", "yard/0001_c2_1.jpg"], "the folders are no persons"),
+    (["hall/x_c1_1.jpg", "yard/x_c2_1.jpg"], "images of one camera"),
     (["cam1/x_c2.jpg", "cam2/x_c1.jpg"], "camera 1 by the folder, 2 by the file name"),
     (["cam1/1.jpg", "cam1/anna/1.jpg"], "beside those in"),
     (["a/b/c/1.jpg"], "3 folders deep, the first in .*c "),
+    (["cam1/1.jpg", "cam2/b/c/d/e/f/1.jpg"], "cam2/b/c/d/e: folders lie too deep"),
+    (["anna/cam1/1.jpg", "anna/more/1.jpg"], "anna/more beside those in"),
     (["day1/anna/1.jpg", "day2/bob/1.jpg"], "which level"),
     (["Market/bounding_box_train/0001_c1_1.jpg"], "Market looks like it"),
     (["bounding_box_train/bounding_box_train/0001_c1_1.jpg"], "holds 1 folders.*with 1 images")])

@@ -105,6 +105,7 @@ def test_quick_reads_few_people_and_ends(tmp_path, monkeypatch):
     assert [line["epoch"] for line in lines[1:]] == [0, 0, 1, 2] and "scores" not in lines[1]
     assert ccsd.get_args(args).out != ccsd.get_args([*args, "--quick"]).out
     assert ccsd.get_args([*args, "--quick", "--epochs", "3"]).epochs == 3
+    assert ccsd.get_args([*args, "--quick"]).on_collapse == "skip"  # an edit is tried to the end
 
 
 def test_bad_data(tmp_path, capsys):

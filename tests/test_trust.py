@@ -188,6 +188,10 @@ def test_kept_values_come_back_as_they_were_even_if_a_flag_has_their_name(tiny, 
         assert back[name] == value if name == "momentum" else (back[name] == value).all()
     with pytest.raises(common.Problem, match="keep=epoch: last.pt holds something else"):
         log.epoch("epoch 2/2", epoch=2, keep=dict(model=model, labels=kept["labels"], epoch=3))
+    for value in (np.float64(.5), [np.ones(2)], np.array(["a"]), lambda: 0):  # last.pt stays good
+        with pytest.raises(common.Problem, match="keep=odd: a .* could not give back"):
+            log.epoch("epoch 2/2", epoch=2, keep=dict(model=model, **kept, odd=value))
+    common.load_run(str(tmp_path / "a" / "last.pt"))
 
 
 def test_a_finished_run_is_of_its_images(tmp_path, capsys):
@@ -550,7 +554,7 @@ def test_links_and_pipes(tmp_path, capsys):
             common.load(str(folder))
         os.remove(trick)
     os.mkfifo(trick)                                               # reading it would wait for ever
-    with pytest.raises(common.Problem, match="0099_c1.*not a file"):
+    with pytest.raises(common.Problem, match="1 of 17 images cannot.*not a file: .*0099_c1"):
         common.load(str(folder))
     os.remove(trick)
     os.symlink(folder, tmp_path / "alias")
