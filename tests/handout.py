@@ -9,6 +9,7 @@
 A copy's tests hold arrays that were computed when it was made; grades come from other inputs. A
 submission runs in processes of its own, in a temporary copy, with a time limit, and is told only
 the inputs. A crash, a hang, a print or a deleted file costs its author points, nobody else any.
+Grade with the checkout that made the hand-out: what differs from it counts as changed.
 
 `grade` RUNS FOREIGN CODE WITH YOUR RIGHTS. All this helps against accidents, not against malice: a
 submission can read (this checkout's answers, too) and delete what you can, use the network, fill
@@ -408,8 +409,9 @@ def main(argv=None):
     add("--blank", nargs="+", default=[], metavar="PAGE.FUNCTION",
         help="only these, or all of a PAGE")
     add("--no-toy", dest="toy", action="store_false", help="grade without runs on the toy set")
-    add("--limit", type=common.number(float, 1), default=60,
-        help="seconds until a process is ended, ten times as many for a toy run (%(default)s)")
+    add("--limit", type=common.number(float, 10), default=60,
+        help="seconds until a process is ended, the import of PyTorch included; ten times as many "
+        "for a toy run (%(default)s)")
     args = parser.parse_intermixed_args(argv)
     names, (command, *folders) = chosen(args.blank), args.words or [""]
     if args.list:
@@ -418,7 +420,7 @@ def main(argv=None):
     elif command == "make" and len(folders) == 1:
         make(folders[0], names)
         blank = "".join(f" {x}" for x in ["--blank", *args.blank] if args.blank)
-        common.say(f"later: python tests/handout.py grade FOLDER ...{blank}")
+        common.say(f"later, with this checkout: python tests/handout.py grade FOLDER ...{blank}")
     elif command == "grade" and folders:
         grade(folders, names, args.toy, args.limit)
     else:
