@@ -187,10 +187,8 @@ def complaint(name, words, inputs, seen, wanted):
 
 def work():
     """In a process of its own: for each function of {name: [(words, inputs)]} in inputs.bin, write
-    a line of JSON before and after. Only this function writes to stdout; prints go nowhere."""
-    out, nowhere = os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    a line of JSON to stderr before and after. What functions write there goes nowhere."""
+    out, sys.stderr = sys.stderr, open(os.devnull, "w")
     for name, rows in torch.load("inputs.bin", weights_only=True).items():
         print(json.dumps([name, None]), file=out, flush=True)
         seen = [observe(name, words, inputs) for words, inputs in rows]
