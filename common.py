@@ -1651,8 +1651,10 @@ def described(namespace, names=()):
         constants = [[sorted(map(repr, x)) if isinstance(x, frozenset) else x
                       for x in part.co_consts if not inspect.iscode(x)] for part in parts]
         cells = [x.cell_contents for x in chain[-1].__closure__ or ()]
+        cells = [x for x in cells if isinstance(x, (int, float, str, tuple))  # lists may grow
+                 or inspect.isfunction(x) and x not in chain]
         return repr([chain[-1].__defaults__, chain[-1].__kwdefaults__, constants,
-                     [content(x) for x in cells if not inspect.isclass(x) and x is not chain[-1]],
+                     [content(x) for x in cells],
                      *((part.co_code, part.co_names, part.co_varnames) for part in parts)])
 
     def content(value):

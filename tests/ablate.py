@@ -164,6 +164,10 @@ TABLES = {
         "short, centred, eps, alpha": Row(
             f"{FROM_CUHK03.format(6, 1)} --eps .5 --centre --alpha .98 --sources {{short}}/source",
             "short, centred, eps", range(1))}, real=True),
+    "sskd-soft": Table("sskd.py", {
+        "soft labels": Row("", "without soft labels", THREE),
+        "without soft labels": Row("--sources {soft labels}/source --soft 0", seeds=THREE)},
+                       f"{FROM_CUHK03.format(6, 1)} --eps .5 --centre --alpha .98", True),
     "mskd-market": Table("mskd.py", {name: row._replace(seeds=THREE) for name, row in MSKD.items()},
                          SMALL.format(20, 100, 5), True),
     "sskd-market": Table("sskd.py", {
