@@ -569,6 +569,26 @@ def test_evaluate_equals_one_query_at_a_time(features):
     for block in (16, 256):
         scores = common.evaluate(q, g, query, gallery, block=block)
         assert scores == pytest.approx(expected, abs=1e-12)
+    assert common.score_ranking([q @ g.T], query, gallery) == scores
+    assert json.loads(json.dumps(scores)) == scores            # plain numbers, as logs need them
+    few = common.Split(*(part[20:45] for part in gallery))     # less than queries
+    expected = slow.evaluate((q.double() @ g[20:45].double().T).numpy(), query, few)
+    scores = common.evaluate(q, g[20:45], query, few, block=16)
+    assert scores == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_test_set_is_scored_by_the_global_feature(tiny):
+    torch.manual_seed(0)
+    model = common.Encoder("small", "none", parts=2)
+    model.size = 64, 32
+    _, *test_set = common.load(str(tiny))
+    query, gallery = (common.extract_features(model, split)[0] for split in test_set)
+    expected = slow.evaluate((query @ gallery.T).numpy(), *test_set)
+    assert common.test(model, test_set) == pytest.approx(expected)
+    model.parts = 0
+    assert torch.equal(common.global_features(model, test_set[0]), query)
+    nobody = common.Split([], np.zeros(0, np.int64), np.zeros(0, np.int64))
+    assert common.test(model, (nobody, test_set[1])) == {}
 
 
 def test_evaluate_agrees_with_scikit_learn():

@@ -2,6 +2,7 @@
 eval.py does when something is missing, mistyped or full.
 """
 
+import argparse
 import html.parser
 import json
 import os
@@ -43,11 +44,26 @@ def some_test_set(q, g, seed=0):
 # ------------------------------------------------------------------------------------ its numbers
 
 
+def test_rerank_at_its_borders():
+    query, gallery = unit(10, 12, spread=1.), unit(50, 12, seed=1, spread=1.)
+    similar = torch.cat(list(scoring.rerank(query, gallery)))
+    expected = slow.rerank(query, gallery, 20, 6, .3)              # as published
+    np.testing.assert_allclose(-similar, expected, atol=2e-6)
+    same = torch.cat(list(scoring.rerank(query[:1].repeat(3, 1), query[:1].repeat(9, 1))))
+    assert same.abs().max() < 1e-5                                 # nothing is farthest
+    with pytest.raises(common.Problem, match="not finite"):
+        list(scoring.rerank(query, gallery / 0))
+
+
+@pytest.mark.parametrize("g", [400, 10, 7, 5])  # many equal right answers; about as few as shown
 @pytest.mark.parametrize("draw_features", [unit, quantised])
-def test_rank_queries_equals_one_answer_at_a_time(draw_features):
-    query, gallery = some_test_set(20, 60)
-    features = draw_features(20), draw_features(60, seed=1)
-    ranked = scoring.rank_queries(features, query, gallery, top=7, block=8)
+def test_rank_queries_equals_one_answer_at_a_time(draw_features, g):
+    query, gallery = some_test_set(20, g, seed=5)
+    query.pids[:2] = 99                                        # nobody in the gallery: left out
+    query.pids[2], gallery.pids[0] = 98, 98                    # a single right answer
+    gallery.cams[0] = (query.cams[2] + 1) % 3
+    features = draw_features(20), draw_features(g, seed=1)
+    ranked = scoring.rank_queries(features, query, gallery, block=4)
     expected = slow.evaluate((features[0] @ features[1].T).numpy(), query, gallery)
     assert np.mean([r["precision"].mean() for r in ranked]) == pytest.approx(expected["mAP"])
     ranks = np.array([1 / r["precision"][0] for r in ranked])
@@ -55,20 +71,34 @@ def test_rank_queries_equals_one_answer_at_a_time(draw_features):
         assert (ranks < k + .5).mean() == pytest.approx(expected[f"rank{k}"])
     for r in ranked:
         i, similar = r["i"], (features[0][r["i"]] @ features[1].T).tolist()
-        same = [int(gallery.pids[j] == query.pids[i]) for j in range(60)]
-        answers = [j for j in range(60) if not (same[j] and gallery.cams[j] == query.cams[i])]
+        same = [int(gallery.pids[j] == query.pids[i]) for j in range(g)]
+        answers = [j for j in range(g) if not (same[j] and gallery.cams[j] == query.cams[i])]
         answers.sort(key=lambda j: (-similar[j], same[j]))  # of equals, the wrong one first
-        assert [similar[j] for j in answers[:7]] == pytest.approx(r["similar"].tolist())
-        assert [same[j] for j in answers[:7]] == [same[j] for j in r["shown"]]
+        shown = [similar[j] for j in answers[:7]]
+        assert shown == pytest.approx(r["similar"].tolist(), abs=1e-6)
+        assert answers[:7] == r["shown"].tolist()
         hits = [j for j in answers if same[j]]
         precision = [(n + 1) / (answers.index(j) + 1) for n, j in enumerate(hits)]
         assert precision == pytest.approx(r["precision"].tolist())
-        assert sorted(gallery.cams[hits]) == sorted(r["cams"])
+        assert gallery.cams[hits].tolist() == r["cams"].tolist()
+    assert {2} <= {r["i"] for r in ranked} == {i for i in range(20) if any(
+        (gallery.pids == query.pids[i]) & (gallery.cams != query.cams[i]))}
 
 
-def test_by_camera_pair_has_the_map_as_its_mean():
-    query, gallery = some_test_set(30, 80)
-    features = unit(30), unit(80, seed=1)
+def test_the_first_answers_of_a_long_gallery():
+    """Beyond a few hundred images a partial sort is one: its order of the others is any."""
+    query, gallery = some_test_set(250, 2000)
+    gallery.cams[:] = 9                                            # nothing is ignored
+    features = unit(250), unit(2000, seed=1)
+    similar = (features[0] @ features[1].T).numpy()
+    for r in scoring.rank_queries(features, query, gallery):
+        assert r["shown"].tolist() == np.argsort(-similar[r["i"]], kind="stable")[:7].tolist()
+
+
+@pytest.mark.parametrize("q", [30, 2])  # few: some pairs of cameras have no or hardly any answer
+def test_by_camera_pair_has_the_map_as_its_mean(q):
+    query, gallery = some_test_set(q, 80)
+    features = unit(q), unit(80, seed=1)
     ranked = scoring.rank_queries(features, query, gallery)
     value, weight = scoring.by_camera_pair(ranked, query, 3)
     expected = common.evaluate(*features, query, gallery)["mAP"]
@@ -83,21 +113,31 @@ def test_by_camera_pair_has_the_map_as_its_mean():
                     for camera, precision in zip(r["cams"], r["precision"]):
                         top += (camera == b) * precision / len(r["cams"])
                         bottom += (camera == b) / len(r["cams"])
-            assert value[a, b] == pytest.approx(top / bottom)
+            mean = top / bottom if bottom else np.nan
+            assert value[a, b] == pytest.approx(mean, nan_ok=True)
 
 
-def test_pair_counts_equal_one_pair_at_a_time():
-    query, gallery = some_test_set(12, 30)
-    features, edges = (quantised(12), quantised(30, 1)), [-.5, 0, .25, .5]
+@pytest.mark.parametrize("q, g", [(12, 30), (30, 12)])
+def test_pair_counts_equal_one_pair_at_a_time(q, g):
+    query, gallery = some_test_set(q, g)
+    features, edges = (quantised(q), quantised(g, 1)), np.array([-.5, 0, .25, .5, 2])
     counts = scoring.pair_counts(features, query, gallery, edges, block=5)
-    expected = np.zeros((4, 5), int)
-    for i in range(12):
-        for j in range(30):
+    expected = np.zeros((4, 6), np.int64)                      # nothing is more similar than 2
+    for i in range(q):
+        for j in range(g):
             kind = (("other person", "same person")[int(query.pids[i] == gallery.pids[j])] + ", "
                     + ("other camera", "same camera")[int(query.cams[i] == gallery.cams[j])])
             similar = (features[0][i] @ features[1][j]).item()
             expected[report.PAIRS.index(kind), sum(similar >= edge for edge in edges)] += 1
-    assert (counts == expected).all() and (counts > 0).sum() > 12
+    np.testing.assert_array_equal(counts, expected, strict=True)
+    assert (counts > 0).sum() > 12
+
+
+def test_a_similarity_on_an_edge_is_not_below_it():
+    one = common.Split(["a"], np.array([1]), np.array([0]))
+    features = torch.tensor([[.7]]), torch.tensor([[1.]])          # .7 in float32 is below .7
+    counts = scoring.pair_counts(features, one, one, np.array([.7]))
+    assert counts.tolist() == [[0, 0], [0, 0], [0, 0], [0, 1]]
 
 
 def test_clusters_are_what_their_titles_say(tiny):
@@ -233,6 +273,10 @@ def test_before_training_of_sskd_is_its_source(tiny, tmp_path):
     page = read_page(out / "source" / "1" / "report.html")
     assert "source network does not keep" in page.text and "no pseudo labels" in page.text
     assert scoring.open_run(str(out / "source" / "1")).planned == 1
+    shutil.rmtree(out / "source")                                  # to save space, say
+    scoring.main([str(out), "--report"])
+    page = read_page(out / "report.html")
+    assert "Before training: not shown" in page.text and "no fitting networks" not in page.text
 
 
 def test_before_training_of_sskd_with_sources_that_runs_share(tiny, tmp_path, monkeypatch):
@@ -367,6 +411,22 @@ def test_pairs_and_features(run, tiny, tmp_path, capsys):
         assert found[kind] == pytest.approx(reach[kind] / total[kind], abs=1 / total[kind]), kind
     assert scoring.main([str(run), "--pairs", files[0], files[0]])["similarity"] > .9999
     assert "similarity 1.000" in capsys.readouterr().out
+
+
+def test_a_kind_of_pairs_that_does_not_occur(tiny):
+    model = common.Encoder("small", "none").eval()
+    model.size = 64, 32
+    files = [str(tiny / "query" / name) for name in sorted(os.listdir(tiny / "query"))[:2]]
+    test_set = [common.Split(["a"], np.array([person]), np.array([person])) for person in (0, 1)]
+    run, most = argparse.Namespace(model=model, test=test_set), torch.tensor([[2.]])
+    found = scoring.pair(run, [most, torch.tensor([[1.]])], files)
+    kinds = {kind for kind, share in found.items() if share == 1}
+    assert kinds == {"other person", "other person, other camera"} and len(found) == 7
+    assert sum(found.values()) == 2 + found["similarity"]          # all others: 0, not 0 / 0
+    first, *lines = scoring.in_words(found)
+    assert "share of all pairs" in first and len(lines) == 6
+    assert lines[:2] == [f"same person {'0.00 %':>25}", f"other person {'100.00 %':>24}"]
+    assert scoring.in_words(dict(similarity=.5)) == ["similarity 0.500"]
 
 
 def test_a_run_is_scored_from_anywhere(tiny, tmp_path, capsys):
