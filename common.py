@@ -94,7 +94,9 @@ def load(name, root="data", at_least=1, draw=True, few=False):
     Raises Problem if files cannot be read or there are fewer than `at_least` training images.
     """
     name, root = os.fspath(name), os.fspath(root)
-    name, half = name.rsplit(":", 1) if name.endswith((":source", ":target")) else (name, None)
+    half = None
+    if name.endswith((":source", ":target")):
+        name, half = name.rsplit(":", 1)
     folder, rows = from_rank_0(find_and_read, name, root, draw)
     rows = [[row for row in split if row[1] != -1] for split in rows]             # no junk
     if half:
@@ -181,7 +183,8 @@ def flip_and_crop(images, pad, flip, dy, dx):
     """(B, 3, H, W) uint8 -> float32 in [0, 1]; mirrored where flip < 1/2 and shifted by up to `pad`
     pixels, with black at the borders. flip, dy, dx (B,) in [0, 1)."""
     b, _, h, w = images.shape
-    y, x = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
+    y = torch.arange(h, device=images.device)
+    x = torch.arange(w, device=images.device)
     mirrored = torch.where(flip[:, None] < .5, x, w - 1 - x)                      # (B, W)
     rows = y + (dy[:, None] * (2 * pad + 1)).long()                               # (B, H)
     columns = mirrored + (dx[:, None] * (2 * pad + 1)).long()                     # (B, W)
@@ -210,13 +213,16 @@ def rectangles(h, w, top, left, share, stretch):
     """
     area = h * w * (.02 + .38 * share)
     aspect = .3 + (1 / .3 - .3) * stretch
-    height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # (B, 10)
+    height = (area * aspect).sqrt().round()                                       # (B, 10)
+    width = (area / aspect).sqrt().round()                                        # (B, 10)
     fits = (height < h) & (width < w)
     first = fits.float().argmax(1, keepdim=True)
-    height, width = height.gather(1, first), width.gather(1, first)               # (B, 1)
+    height = height.gather(1, first)                                              # (B, 1)
+    width = width.gather(1, first)                                                # (B, 1)
     y0 = (top[:, None] * (h - height + 1)).floor()
     x0 = (left[:, None] * (w - width + 1)).floor()
-    y, x = torch.arange(h, device=top.device), torch.arange(w, device=top.device)
+    y = torch.arange(h, device=top.device)
+    x = torch.arange(w, device=top.device)
     in_rows = (y >= y0) & (y < y0 + height) & fits.any(1, keepdim=True)           # (B, H)
     in_columns = (x >= x0) & (x < x0 + width)                                     # (B, W)
     return in_rows[:, :, None] & in_columns[:, None, :]
@@ -552,7 +558,8 @@ def dbscan(distance, eps, min_samples=4, at_least=2, instead=None, flag="--eps")
     at_least = max(at_least, 2) if at_least else 0  # one cluster has nothing to be told from
     method = DBSCAN(eps=eps + 1e-5, min_samples=min_samples, metric="precomputed")
     labels = from_rank_0(method.fit_predict, graph).astype(np.int64)          # appendix F
-    clusters, outliers = labels.max() + 1, (labels < 0).sum()
+    clusters = labels.max() + 1
+    outliers = (labels < 0).sum()
     if clusters >= at_least:
         return labels
     what = (f"{clusters} clusters and {outliers:,} outliers among {len(labels):,} images at eps "
@@ -813,15 +820,22 @@ def precision(device, wanted):
     card computes, bf16 from compute capability 8.0 on (Ampere), fp16 from 7.0 on (it has matrix
     cores for it), fp32 on older cards and elsewhere. Where bf16 would be emulated, which is slower
     than fp32, auto decides instead, with a note."""
-    best, lacks = "fp32", device.type == "cpu" and cpu_has_bfloat16() is False
+    best = "fp32"
+    lacks = device.type == "cpu" and cpu_has_bfloat16() is False
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        best = "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
+        if capability >= (8, 0):
+            best = "bf16"
+        elif capability >= (7, 0):
+            best = "fp16"
         lacks = best != "bf16"  # torch does not complain: it loops over the images of a batch
+    if wanted == "auto":
+        return best
     if wanted == "bf16" and lacks:
         kind = "GPU" if device.type == "cuda" else "CPU"
         say(f"note: this {kind} has no bfloat16, so --precision is {best}", sys.stderr)
-    return best if wanted == "auto" or wanted == "bf16" and lacks else wanted
+        return best
+    return wanted
 
 
 MEMINFO = "/proc/meminfo"
@@ -862,7 +876,8 @@ def read_ahead(paths, parts, height, width):
             return read_image(path, height, width)
         except Problem as problem:
             return problem
-    pool, ahead, problems = ThreadPoolExecutor(), collections.deque(), []
+    pool = ThreadPoolExecutor()
+    ahead, problems = collections.deque(), []
     try:
         for part in [*np.array_split(np.arange(len(paths)), parts), (), ()]:
             ahead.append([pool.submit(read, paths[i]) for i in part])
@@ -1117,7 +1132,8 @@ def read_own(home):
         + "; no cameras, so all images count as one camera's" * (cameras is None), sys.stderr)
     if others:
         say(f"warning: {home}: left out: {left_out}", sys.stderr)
-    people, cameras = people or [None] * len(rows), cameras or [0] * len(rows)
+    people = people or [None] * len(rows)
+    cameras = cameras or [0] * len(rows)
     return [(row["path"], *both) for row, *both in zip(rows, people, cameras)]
 
 
@@ -1254,7 +1270,8 @@ def read_msmt_lists(folder):
             rows.append((os.path.join(folder, part, match[1]), int(match[3]), int(match[2])))
         check_files(rows)
         return rows
-    train, test = ("train", "mask_train_v2"), ("test", "mask_test_v2")
+    train = ("train", "mask_train_v2")
+    test = ("test", "mask_test_v2")
     return [read("list_train.txt", *train) + read("list_val.txt", *train),
             read("list_query.txt", *test), read("list_gallery.txt", *test)]
 
@@ -1281,17 +1298,22 @@ def take_half(rows, half):
     """-> half of a data set, to try domain adaptation with a single set. "source": the first half
     of the training people (shuffled with seed 0) in the first half of the cameras; "target": the
     other people in the other cameras. Test images: all people in the cameras of the half."""
+    train, query, gallery = rows
     cameras = sorted({camera for split in rows for _, _, camera in split})
-    people = {person for _, person, _ in rows[0]}
+    people = {person for _, person, _ in train}
     if min(len(people), len(cameras)) < 2:
         raise Problem("NAME:source and NAME:target need two people, whose ids are known, and two "
                       f"cameras: here are {len(people)} and {len(cameras)} (leave out :{half})")
     people = np.random.default_rng(0).permutation(sorted(people))
-    n, v = len(people) // 2, len(cameras) // 2
-    people = set((people[:n] if half == "source" else people[n:]).tolist())
-    cameras = set(cameras[:v] if half == "source" else cameras[v:])
-    train = [row for row in rows[0] if row[1] in people]
-    return [[row for row in split if row[2] in cameras] for split in (train, *rows[1:])]
+    n = len(people) // 2
+    v = len(cameras) // 2
+    if half == "source":
+        people, cameras = people[:n], cameras[:v]
+    else:
+        people, cameras = people[n:], cameras[v:]
+    people = set(people.tolist())
+    train = [row for row in train if row[1] in people]
+    return [[row for row in split if row[2] in cameras] for split in (train, query, gallery)]
 
 
 def take_few(rows, people=12, images=200):
@@ -1309,18 +1331,22 @@ def take_few(rows, people=12, images=200):
 def check_rows(name, folder, rows, at_least):
     """Warn if counts differ from the published ones; raise Problem for unusable splits."""
     _, counts = DATASETS.get(name, ([], ()))
+    train, query, gallery = rows
+    scored = bool(query or gallery)
     for kind, split, count in zip(KINDS, rows, counts or (None,) * 3):
-        if not split and (kind == "train" or any(rows[1:])):
+        if not split and (kind == "train" or scored):
             raise Problem(f"{folder}: the {kind} split holds no images (is the download complete?)")
-        if any(person is not None and not 0 <= person < 10**9 for _, person, _ in split):
+        people = {person for _, person, _ in split} - {None}
+        if any(not 0 <= person < 10**9 for person in people):
             raise Problem(f"{folder}: a person in {kind} is below -1 or above 999,999,999 (rename)")
         if count not in (None, len(split)):
             say(f"warning: {name} {kind}: {len(split):,} images in {folder}, {count:,} published",
                 sys.stderr)
-    if any(rows[1:]) and not {row[1] for row in rows[1]} & {row[1] for row in rows[2]}:
+    asked = {person for _, person, _ in query}
+    if scored and not asked.intersection(person for _, person, _ in gallery):
         raise Problem(f"{folder}: nobody in the query split is in the gallery (check both folders)")
-    if len(rows[0]) < at_least:
-        raise Problem(f"{folder}: {len(rows[0])} training images are fewer than a batch of "
+    if len(train) < at_least:
+        raise Problem(f"{folder}: {len(train)} training images are fewer than a batch of "
                       f"{at_least} (lower --batch-size)")
 
 
@@ -1415,14 +1441,15 @@ def unwrapped(state, path, first="conv1.weight"):
     levels = [state, *state.values()] if isinstance(state, dict) else []
     levels = [level for level in levels if isinstance(level, dict)]
     for level in levels:
-        for name, value in level.items():
-            prefix = str(name).removesuffix(first)
-            if str(name).endswith(first) and f"{prefix}layer1.0.{first}" in level:
-                if prefix:
-                    say(f"note: {path}: names are read without {prefix}", sys.stderr)
-                ours = tuple(prefix + part for part in ("conv1.", "bn1.", "layer"))
-                return {key.removeprefix(prefix): value for key, value in level.items()
-                        if key.startswith(ours)}
+        for name in map(str, level):
+            prefix = name.removesuffix(first)
+            if not name.endswith(first) or f"{prefix}layer1.0.{first}" not in level:
+                continue
+            if prefix:
+                say(f"note: {path}: names are read without {prefix}", sys.stderr)
+            ours = tuple(prefix + part for part in ("conv1.", "bn1.", "layer"))
+            return {key.removeprefix(prefix): value for key, value in level.items()
+                    if key.startswith(ours)}
     names = [str(name) for level in levels[::-1] for name in level][:3]
     raise Problem(f"{path} holds no ResNet in torchvision's format, with {first}; its names start "
                   f"with {', '.join(names) or 'nothing'} (choose another file)")
@@ -1436,8 +1463,9 @@ def load_into(module, state, what, unused=()):
     except (RuntimeError, AttributeError, TypeError) as error:
         raise Problem(f"{what}: {' '.join(str(error).split())[-200:]} (choose the right --arch or "
                       "another file)") from error
-    wrong = [f"{how} {key}" for how, keys in (("it lacks", missing), ("it also has", extra))
-             for key in keys if "num_batches" not in key and not key.startswith(tuple(unused))]
+    wrong = [f"it lacks {key}" for key in missing] + [f"it also has {key}" for key in extra]
+    wrong = [words for words in wrong if "num_batches" not in words
+             and not words.split()[-1].startswith(tuple(unused))]
     if wrong:
         raise Problem(f"{what}: {wrong[0]} (choose the right --arch or another file)")
 
@@ -1510,53 +1538,88 @@ def add_schedule_flags(parser, published):
 def add_run_flags(parser, warm_up=True):
     """Add the flags about data, network and machine, which all pages have."""
     add = parser.add_argument_group("run").add_argument
-    add("--data", default="toy", help=f"a folder or {', '.join(DATASETS)}; it sets the "
-        "defaults of other flags; NAME:source, NAME:target: half of it (%(default)s)")
+    add("--data", default="toy",
+        help=f"a folder or {', '.join(DATASETS)}; it sets the defaults of other flags; "
+        "NAME:source, NAME:target: half of it (%(default)s)")
     add("--root", default="data", help="where data sets are (%(default)s)")
     add("--out", help="folder of the run (runs/, named after the flags that are not defaults)")
-    add("--quick", action="store_true", help="try every step on a few people, in seconds: checks "
-        "an edit or a data set; the scores mean nothing")
-    add("--resume", action="store_true", help="continue after the last finished epoch in OUT, "
-        "if there is one; if you name --out, --epochs may grow")
-    add("--on-collapse", choices=("stop", "skip"), default="stop", help="with too few clusters: "
-        "stop, or keep the labels of the epoch before (%(default)s)")
+    add("--quick", action="store_true",
+        help="try every step on a few people, in seconds: checks an edit or a data set; the "
+        "scores mean nothing")
+    add("--resume", action="store_true",
+        help="continue after the last finished epoch in OUT, if there is one; if you name --out, "
+        "--epochs may grow")
+    add("--on-collapse", choices=("stop", "skip"), default="stop",
+        help="with too few clusters: stop, or keep the labels of the epoch before (%(default)s)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed (%(default)s)")
     add("--device", default="auto", choices=DEVICES, help="(%(default)s)")
     add("--arch", choices=ARCHS, help="network (%(default)s)")
     add("--weights", help="imagenet, none, or a torchvision FILE (%(default)s)")
     if warm_up:
-        add("--warm-up", type=number(int, 0), default=4, help="epochs without labels before the "
-            "first clustering, with --weights none only (%(default)s)")
-    add("--size", type=number(int, 32, 2048), nargs=2, metavar=("H", "W"), help="image size (toy "
-        "set 96 48, published 256 128)")
-    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="of the convolutions; "
-        "auto: as the run in OUT began, or what suits the GPU; fp32 on a CPU (%(default)s)")
+        add("--warm-up", type=number(int, 0), default=4,
+            help="epochs without labels before the first clustering, with --weights none only "
+            "(%(default)s)")
+    add("--size", type=number(int, 32, 2048), nargs=2, metavar=("H", "W"),
+        help="image size (toy set 96 48, published 256 128)")
+    add("--precision", choices=("auto", *PRECISIONS), default="auto",
+        help="of the convolutions; auto: as the run in OUT began, or what suits the GPU; fp32 on "
+        "a CPU (%(default)s)")
     add("--recompute", action="store_true", help="less memory, a third more time")
-    add("--centre", action="store_true", help="subtract each camera's mean feature before "
-        "clustering, which no paper does (always on with --weights none)")
+    add("--centre", action="store_true",
+        help="subtract each camera's mean feature before clustering, which no paper does (always "
+        "on with --weights none)")
     add("--true-ids", action="store_true", help="true ids instead of clusters: an upper bound")
 
 
 def parse(parser, argv, method, settings, not_in_first_stage=()):
-    """Parse argv, words or one line, with the defaults for its --data (for other folders:
-    market1501's or, with --weights none, the toy set's) and check that the flags fit together. Adds
-    `code`, hashes of the source files, and `first_stage`, the folder of the first stage, which the
-    flags not_in_first_stage do not affect. Raises Problem."""
+    """Parse argv, words or one line, with the defaults for its --data and check that the flags fit
+    together. Adds `code`, hashes of the source files, and `first_stage`, the folder of the first
+    stage, which the flags not_in_first_stage do not affect. Raises Problem."""
+    argv = shlex.split(argv) if isinstance(argv, str) else argv
+    defaults = set_defaults(parser, argv, settings)
+    args = parser.parse_args(argv)
+    check_flags(args)
+    args.size = tuple(args.size)
+    page = next(module for module in (sys.modules.get(method), sys.modules["__main__"])
+                if getattr(module, "SETTINGS", None) is settings)
+    args.code = {os.path.basename(module.__file__): running_code(module)
+                 for module in (page, sys.modules[__name__])}
+    if NOTEBOOK:
+        words = COMMAND_LINE if argv is None else argv
+        short_errors(vars(page), [str(word) for word in words])
+    args.first_stage, args.out = folders_of(args, defaults, method, not_in_first_stage)
+    if args.precision == "auto":  # a run goes on, and its stages are trained, in one precision
+        found = [match[1] for folder in (args.out, args.first_stage)
+                 for match in in_logs(folder, r'"precision": "(\w+)"')]
+        args.precision = found[0] if found else "auto"
+    args.centre = args.centre or args.weights == "none"  # not in the folder's name
+    return args
+
+
+def set_defaults(parser, argv, settings):
+    """Give the parser the defaults for the --data of argv; for other folders market1501's or, with
+    --weights none, the toy set's. -> what it would parse without flags."""
     early = Parser("", add_help=False)
     early.add_argument("--data", default="toy")
     early.add_argument("--weights")
     early.add_argument("--quick", action="store_true")
-    argv = shlex.split(argv) if isinstance(argv, str) else argv
-    words = [str(word) for word in (COMMAND_LINE if argv is None else argv)]
     early, _ = early.parse_known_args(argv)
-    other = settings["toy" if early.weights == "none" else "market1501"]
-    parser.set_defaults(**settings.get(early.data.rsplit(":", 1)[0], other))
+    name = early.data.rsplit(":", 1)[0]
+    like = name
+    if name not in settings:
+        like = "toy" if early.weights == "none" else "market1501"
+    parser.set_defaults(**settings[like])
     if early.quick:
-        parser.set_defaults(**{name: value for name, value in QUICK.items()
-                               if parser.get_default(name) is not None})
-    args, defaults = parser.parse_args(argv), parser.parse_args(["--data", early.data])
-    if not (early.data.rsplit(":", 1)[0] in settings):  # --weights none chose other settings
+        known = [flag for flag in QUICK if parser.get_default(flag) is not None]
+        parser.set_defaults(**{flag: QUICK[flag] for flag in known})
+    defaults = parser.parse_args(["--data", early.data])
+    if name not in settings:  # --weights none chose other settings
         defaults.weights = settings["market1501"]["weights"]
+    return defaults
+
+
+def check_flags(args):
+    """Raises Problem for a batch that cannot be divided as the flags say."""
     if args.batch_size % args.num_instances or args.batch_size % args.bn_splits:
         raise Problem(f"--batch-size {args.batch_size} is no multiple of --num-instances "
                       f"{args.num_instances} and --bn-splits {args.bn_splits} (change one of them)")
@@ -1565,27 +1628,24 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
     if args.bn_splits % RANKS:
         raise Problem(f"--bn-splits {args.bn_splits} is no multiple of the {RANKS} processes of "
                       "torchrun (change one of them)")
-    page = next(module for module in (sys.modules.get(method), sys.modules["__main__"])
-                if getattr(module, "SETTINGS", None) is settings)
-    args.size, args.code = tuple(args.size), {
-        os.path.basename(module.__file__): running_code(module)
-        for module in (page, sys.modules[__name__])}
-    if NOTEBOOK:
-        short_errors(vars(page), words)
-    first, out = (run_folder(method, args, defaults, but) for but in (not_in_first_stage, ()))
-    if not args.out:
-        first, out = (apart(folder, args.data) for folder in (first, out))
-        going_on = args.resume and not has_finished(out)
-        folders = [unedited(folder, args.code, going_on) for folder in (first, out)]
-        for note in sorted({note for _, note in folders if note}):
-            say(note, sys.stderr)
-        first, out = (folder for folder, _ in folders)
-    args.first_stage, args.out = args.out or first, args.out or out
-    if args.precision == "auto":  # a run goes on, and its stages are trained, in one precision
-        args.precision = next((match[1] for folder in (args.out, args.first_stage)
-                               for match in in_logs(folder, r'"precision": "(\w+)"')), "auto")
-    args.centre = args.centre or args.weights == "none"
-    return args
+
+
+def folders_of(args, defaults, method, not_in_first_stage):
+    """-> the folders of the first stage and of the run: --out or, named after the flags, folders
+    that hold no run on other data or of other code."""
+    if args.out:
+        return args.out, args.out
+    folders, notes = [], set()
+    for ignored in (not_in_first_stage, ()):
+        folder = run_folder(method, args, defaults, ignored)
+        folders.append(apart(folder, args.data))
+    going_on = args.resume and not has_finished(folders[1])
+    for i, folder in enumerate(folders):
+        folders[i], note = unedited(folder, args.code, going_on)
+        notes.add(note)
+    for note in sorted(notes - {""}):
+        say(note, sys.stderr)
+    return folders
 
 
 def run_folder(method, args, defaults, ignored=()):
@@ -1593,10 +1653,15 @@ def run_folder(method, args, defaults, ignored=()):
     name = f"{method}-{os.path.basename(os.path.normpath(args.data))}-s{args.seed}"
     ignored = NO_NUMBER.union(ignored, ("data", "seed", "stage"))
     for flag, value in vars(args).items():
-        if flag not in ignored and value != getattr(defaults, flag):
-            value = "x".join(map(str, value)) if flag == "size" else value
-            text = f"{value:g}" if isinstance(value, (int, float)) else f"-{value}"
-            name += f"-{flag.replace('_', '-')}" + text * (value is not True)
+        if flag in ignored or value == getattr(defaults, flag):
+            continue
+        name += f"-{flag.replace('_', '-')}"
+        if flag == "size":
+            name += "-" + "x".join(map(str, value))
+        elif isinstance(value, str):
+            name += f"-{value}"
+        elif value is not True:
+            name += f"{value:g}"
     name = re.sub(r"[^\w.-]+", "-", name)
     if len(name) > 120:  # no file system takes all lengths; other flags must not share a folder
         name = f"{name[:111]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
@@ -1607,8 +1672,9 @@ def has_finished(folder):
     """Has the run in this folder, or the teacher below it, done all of its epochs?"""
     paths = [os.path.join(folder, part, "log.jsonl") for part in ("", "teacher")]
     text = next((read_text(path) for path in paths if os.path.exists(path)), "")
-    done, planned = re.findall(r'"epoch": (\d+)', text), re.search(r'"epochs": (\d+)', text)
-    return bool(done and planned) and done[-1] == planned[1]
+    done = re.findall(r'"epoch": (\d+)', text)
+    planned = re.findall(r'"epochs": (\d+)', text)
+    return bool(done and planned) and done[-1] == planned[0]
 
 
 def running_code(module):
@@ -1711,11 +1777,16 @@ def unedited(folder, code, going_on):
     """-> the folder and "" or, if it holds a run of other source code than `code`: another folder
     and a note. A run that goes on stays where it is; Log warns."""
     found = in_logs(folder, r'"code": (\{[^}]*\})')
-    edited = [file for file, mark in code.items() if any(mark not in match[1] for match in found)]
-    other = f"{folder}-{''.join(mark[:3] for mark in code.values())}"
+    edited = []
+    for file, mark in code.items():
+        if any(mark not in match[1] for match in found):
+            edited.append(file)
+    marks = "".join(mark[:3] for mark in code.values())
+    other = f"{folder}-{marks}"
     if not edited or going_on and not os.path.isdir(other):
         return folder, ""
-    return other, f"{' and '.join(edited)} edited since the run in {folder}: this one is in {other}"
+    return other, (f"{' and '.join(edited)} edited since the run in {folder}: "
+                   f"this one is in {other}")
 
 
 OUT_OF_MEMORY = "(?i)" + "|".join((  # what torch says, and what its libraries say instead
@@ -1780,7 +1851,8 @@ def pick_device(name):
 def check_kernels(device):
     """Raises Problem for a GPU for which this PyTorch holds no kernels, its own (sm_75) or what the
     driver translates (compute_75). Else is_available() is True, but the first operation fails."""
-    archs, capability = torch.cuda.get_arch_list(), torch.cuda.get_device_capability(device)
+    archs = torch.cuda.get_arch_list()
+    capability = torch.cuda.get_device_capability(device)
     for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(archs)):
         built = int(major), int(minor)
         if built <= capability and (kind == "compute" or built[0] == capability[0]):
@@ -1844,7 +1916,8 @@ class Log:
     """
 
     def __init__(self, folder, device, args, epochs="epochs", free=()):
-        self.folder, self.path, self.args = folder, os.path.join(folder, "log.jsonl"), vars(args)
+        self.folder, self.args = folder, vars(args)
+        self.path = os.path.join(folder, "log.jsonl")
         self.file, self.start, self.total = None, time.time(), self.args[epochs]
         self.files = ""
         self.device, self.began, self.rounds = torch.device(device), None, 0
@@ -2160,12 +2233,17 @@ def load_run(path, *keys):
                  root=str, epoch=int, epochs=int, scores=dict, lines=list, seconds=float,
                  precision=str, images=int, files=str, code=dict, arrays=list, clashing=dict)
     state = load_checkpoint(path, (*kinds, *keys))
-    if not (all(isinstance(state[key], kind) for key, kind in kinds.items())
-            and state["format"] == FORMAT and state["arch"] in ARCHS
-            and state["parts"] in range(9) and state["pooling"] in ("gem", "avg")
-            and state["precision"] in PRECISIONS
-            and all(type(line) is str for line in state["lines"]) and len(state["size"]) == 2
-            and all(type(side) is int and 32 <= side <= 2048 for side in state["size"])):
+    ours = (
+        all(isinstance(state[key], kind) for key, kind in kinds.items())
+        and state["format"] == FORMAT
+        and state["arch"] in ARCHS
+        and state["parts"] in range(9)
+        and state["pooling"] in ("gem", "avg")
+        and state["precision"] in PRECISIONS
+        and all(type(line) is str for line in state["lines"])
+        and len(state["size"]) == 2
+        and all(type(side) is int and 32 <= side <= 2048 for side in state["size"]))
+    if not ours:
         raise Problem(f"{path} was not written by these pages (choose another file, or --out)")
     return state
 
