@@ -640,7 +640,7 @@ def test(model, test_set):
 
 
 @torch.no_grad()
-def evaluate(query_features, gallery_features, query, gallery, topk=(1, 5, 10), block=256):
+def evaluate(query_features, gallery_features, query, gallery, topk=(1, 5, 10), block=128):
     """Rank the gallery for every query -> dict mAP, rank1, rank5, rank10 (fractions), queries.
 
     Market-1501's rule: for each query, gallery images with both its person and its camera are
