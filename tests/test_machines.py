@@ -99,7 +99,8 @@ def test_fp16_trains_and_an_overflow_skips_the_step(name, tiny, tmp_path, monkey
     """Every scaler starts far too high: its first steps are skipped, each halves it, and then the
     network is trained. In SSKD the step is one of all networks."""
     monkeypatch.setattr(ccsd, "GROUP_START", 0)
-    more = ["--epochs", "1", "--iters", "12", "--warm-up", "5", "--true-ids", "--precision", "fp16"]
+    more = ["--epochs", "1", "--iters", "12", "--warm-up", "5", "--true-ids", "--precision", "fp16",
+            "--size", "32", "32"]
     if name == "sskd":
         more += ["--source", str(draw(tmp_path / "source", train=6)), "--source-epochs", "1",
                  "--source-iters", "12", "--nets", "2"]
