@@ -1754,7 +1754,7 @@ def short_errors(page, words):
             print(f"error: {error}", file=sys.stderr)
         else:
             again = [word for word in words if word != "--resume"] + ["--resume"]
-            print(f"interrupted, finished epochs are kept; go on with: main({again})",
+            print(f"\ninterrupted, finished epochs are kept; go on with: main({again})",
                   file=sys.stderr)
     shell.set_custom_exc((Problem, KeyboardInterrupt), show)
 
