@@ -311,12 +311,12 @@ def test_killed_at_any_moment(tiny, tmp_path):
         assert os.listdir(tmp_path / f"run{name}") and not list(tmp_path.rglob("*.tmp"))
 
 
-def limited(code, size):
+def limited(code, size, folder):
     """Run python code in a process whose files may not grow beyond `size` bytes: a full disk."""
-    resource = pytest.importorskip("resource")
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    pytest.importorskip("resource")
+    limit = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+    (folder / "limited.py").write_text(limit + code)
+    return program(str(folder / "limited.py"))
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(tiny, tmp_path):
@@ -324,7 +324,8 @@ def test_full_disk_keeps_the_last_good_checkpoint(tiny, tmp_path):
     ccsd.main(short(tiny, out))
     before = {name: (out / name).read_bytes() for name in os.listdir(out)}
     more = short(tiny, out, "--resume", "--epochs", "3")
-    done = limited(f"import ccsd, common; common.run(lambda: ccsd.main({more!r}))", 10**6)
+    code = f"import ccsd, common\ncommon.run(lambda: ccsd.main({more!r}))"
+    done = limited(code, 10**6, tmp_path)
     errors = [x for x in re.split(r"[\r\n]+", done.stderr) if x.startswith("error: ")]
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert len(errors) == 1 and "last.pt cannot be written" in errors[0] and "kept" in errors[0]
@@ -335,7 +336,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(tiny, tmp_path):
         import common, ccsd
         log = common.Log({str(out)!r}, "cpu", ccsd.get_args({more!r}))
         common.run(lambda: log.epoch("epoch 3/3", epoch=3))"""
-    done = limited(code, size + 20)
+    done = limited(code, size + 20, tmp_path)
     assert done.returncode == 2 and "log.jsonl cannot be written" in done.stderr, done.stderr
     assert (out / "log.jsonl").read_bytes() == before["log.jsonl"]
     assert ccsd.main(more)["mAP"] and losses(out)[-1]["epoch"] == 3
