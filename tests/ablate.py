@@ -14,7 +14,6 @@ them but from p values that are corrected for all comparisons of their table (ve
 
 import argparse
 import hashlib
-import importlib
 import json
 import os
 import re

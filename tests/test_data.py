@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import toy
-from conftest import draw, program
+from conftest import draw
 from PIL import Image, ImageOps
 
 import common

@@ -10,7 +10,6 @@ import importlib
 import inspect
 import math
 import os
-import shutil
 import subprocess
 import sys
 import time
