@@ -1478,8 +1478,12 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("fp32", "bf16", "fp16")
 NO_NUMBER = {"out", "first_stage", "code", "root", "device", "eval_every", "resume", "on_collapse",
              "recompute"}  # flags and notes that do not change the results
-ON_A_CPU = ("--arch resnet18-layer3 --size 128 64 --epochs 40 --iters 200 --batch-size 64 "
-            "--num-instances 4 --bn-splits 1 --lr-drop 0 --eps .5 --precision bf16 --centre")
+ON_A_CPU = ("--arch resnet18-layer3 --size 128 64 --batch-size 64 --num-instances 4 --bn-splits 1 "
+            "--lr-drop 0 --eps .5 --precision bf16 --centre")
+ON_A_CPU = {page: f"{ON_A_CPU} {steps}" for page, steps in (  # measured: tests/RESULTS.md
+    ("ccsd.py", "--epochs 40 --iters 200"),
+    ("mskd.py", "--epochs 20 --iters 100"),
+    ("sskd.py", "--epochs 20 --iters 100 --source-epochs 10 --nets 1 --alpha .995"))}
 QUICK = dict(  # defaults of --quick
     epochs=2, iters=3, batch_size=16, num_instances=4, bn_splits=1, eval_every=2, warm_up=1,
     source_epochs=1, source_iters=3, nets=1, k1=10, eps=.6, on_collapse="skip")
@@ -2048,10 +2052,13 @@ class Log:
                 start = time.time()
             if first and step == min(12, iters - 1) > 2:
                 hours = (time.time() - start) / (step - 2) * iters * self.total / 3600
+                page = next(iter(self.args["code"]))
+                advice = ""
+                if hours > 3 and self.device.type == "cpu":
+                    advice = f"; for a CPU, much smaller: {ON_A_CPU.get(page, ON_A_CPU['ccsd.py'])}"
                 if hours > .2:
-                    say(f"about {hours:.1f} hours of training steps for {self.total} epochs" + (
-                        f"; for a CPU, much smaller: {ON_A_CPU}"
-                        if self.device.type == "cpu" and hours > 3 else ""), sys.stderr)
+                    say(f"about {hours:.1f} hours of training steps for {self.total} epochs"
+                        + advice, sys.stderr)
             yield step, index
 
     def epoch(self, title, quality=None, losses=None, scores=None, keep=None, epoch=0, **more):

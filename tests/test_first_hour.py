@@ -188,8 +188,8 @@ def test_own_folders_do_not_share_a_run_folder(tmp_path, monkeypatch):
 
 
 def test_long_names_of_folders_differ_to_the_last_flag():
-    words = ["--data", "market1501", *common.ON_A_CPU.split(), "--weights", "some/file.pth"]
-    outs = {ccsd.get_args(words[:n]).out for n in (len(words), len(words) - 2, len(words) - 3)}
+    words = ["--data", "market1501", *common.ON_A_CPU["ccsd.py"].split(), "--weights", "a/b.pth"]
+    outs = {ccsd.get_args(words[:n]).out for n in (len(words), len(words) - 2, len(words) - 4)}
     assert len(outs) == 3 and all(len(os.path.basename(out)) <= 120 for out in outs)
 
 
@@ -503,10 +503,11 @@ def test_a_long_run_says_how_long(tmp_path, capsys, monkeypatch):
     assert f"about {10 * 200 * 50 / 3600:.1f} hours" in said and "--arch resnet18-layer3" in said
     list(log.steps(batches(200), "epoch 2", 200))
     assert "hours" not in capsys.readouterr().err                  # once is enough
-    ccsd.get_args(["--data", "market1501", *common.ON_A_CPU.split()])
-    sskd.get_args(["--data", "market1501", *common.ON_A_CPU.split()])
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        assert f"`{common.ON_A_CPU}`" in " ".join(file.read().split())
+        text = " ".join(file.read().split())
+    assert f"`{common.ON_A_CPU['ccsd.py']}`" in text
+    for words in common.ON_A_CPU.values():
+        assert f"`--epochs {words.split('--epochs ')[1]}`" in text or words in text
 
 
 def test_time_left(tiny, tmp_path, capsys):
