@@ -189,7 +189,7 @@ def test_own_folders_do_not_share_a_run_folder(tmp_path, monkeypatch):
 
 def test_long_names_of_folders_differ_to_the_last_flag():
     words = ["--data", "market1501", *common.ON_A_CPU["ccsd.py"].split(), "--weights", "a/b.pth"]
-    outs = {ccsd.get_args(words[:n]).out for n in (len(words), len(words) - 2, len(words) - 4)}
+    outs = {ccsd.get_args(more).out for more in (words, words[:-2], [*words, "--true-ids"])}
     assert len(outs) == 3 and all(len(os.path.basename(out)) <= 120 for out in outs)
 
 
