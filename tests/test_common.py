@@ -73,7 +73,11 @@ def test_half_precision_is_close_and_gives_float32(name):
     model, images = common.Encoder("resnet18-layer3", "none").eval(), torch.randn(4, 3, 64, 32)
     exact, flags = model(images), dict(recompute=False, size=(64, 32))
     model.on(torch.device("cpu"), argparse.Namespace(precision=name, **flags))
+    kinds = []
+    model.backbone.register_forward_hook(lambda _, inputs, output: kinds.append(output.dtype))
+    model.pools[0].register_forward_hook(lambda _, inputs, output: kinds.append(inputs[0].dtype))
     rough = model(images)
+    assert kinds == [dict(bf16=torch.bfloat16, fp16=torch.float16)[name], torch.float32]
     assert rough.dtype == torch.float32 and model.backbone[0].weight.dtype == torch.float32
     assert not torch.equal(rough, exact) and (rough * exact).sum(1).min() > .99
     flags["recompute"] = True
@@ -89,6 +93,8 @@ def test_gem_is_the_generalised_mean():
     np.testing.assert_allclose(pool(x).detach(), x.mean((2, 3)), rtol=1e-5)
     pool(x).sum().backward()
     assert pool.p.grad is not None                                 # p is learned
+    nothing = common.GeM()(-x).detach()                            # all is cut off at 1e-6
+    torch.testing.assert_close(nothing, torch.full((2, 3), 1e-6), atol=1e-8, rtol=0)
 
 
 def test_instance_batch_norm():
@@ -114,6 +120,7 @@ def test_encoder(arch, width):
 def test_encoder_parts_see_their_stripe_only():
     model = common.Encoder("small", "none", parts=2).eval()
     whole, upper, lower = model(torch.randn(3, 3, 64, 32))
+    assert len(model.pools) == len(model.necks) == 3
     last = torch.randn(3, 256, 4, 2)
     model.backbone = nn.Identity()
     out = model(last)
@@ -344,6 +351,7 @@ def test_jaccard_distance_and_dbscan_equal_the_dense_definition(case):
     np.testing.assert_allclose(slow.dense(distance), expected, atol=1e-5)
     assert (distance.dtype == np.float32
             and np.isin(np.arange(len(features)), distance.indices).all())
+    before = distance.indices.copy()
     for eps in (.3, .45, .5, .6, 2 / 3):
         dense = slow.dbscan(expected, eps)
         if dense.max() < 1:
@@ -351,19 +359,23 @@ def test_jaccard_distance_and_dbscan_equal_the_dense_definition(case):
                 common.dbscan(distance, eps)
         else:
             np.testing.assert_array_equal(common.dbscan(distance, eps), dense)
+    assert (distance.indices == before).all()                      # not sorted for its own use
 
 
 def test_jaccard_distance_does_not_depend_on_blocks_and_can_be_cut():
     features = unit(300, people=20, spread=1.5)
     rank = common.nearest(features, 20)
     assert (common.nearest(features, 20, block=7) == rank).all()
+    same = common.jaccard_distance(features), common.jaccard_distance(features, 30, 6, 1)
+    assert abs(same[0] - same[1]).max() == 0
     whole = common.jaccard_distance(features, 20)
     cut = common.jaccard_distance(features, 20, max_distance=.5)
     expected = slow.dense(whole)
     expected[expected > .5] = 1
     np.testing.assert_array_equal(slow.dense(cut), expected)
     assert cut.nnz < whole.nnz < 300 ** 2                          # sparse, and the cut is sparser
-    v = common.neighbour_vectors(features, 20, 6)
+    v = common.neighbour_vectors(features, 20)
+    assert abs(v - common.neighbour_vectors(features, 20, 6)).max() == 0
     np.testing.assert_allclose(v.sum(1), 1, rtol=1e-5)
     dense = v.toarray()
     blocks = [part.toarray() for part in common.overlaps(v[:50], v, block=16)]
@@ -504,6 +516,9 @@ def test_cluster_means():
     for c in range(4):
         mean = sum(features[i] for i in range(30) if labels[i] == c) / 6
         torch.testing.assert_close(means[c], F.normalize(mean, dim=0))
+    several = torch.stack([features, unit(30, seed=1), unit(30, seed=2)])  # of several networks
+    wanted = torch.stack([common.cluster_means(one, labels) for one in several])
+    torch.testing.assert_close(common.cluster_means(several, labels), wanted)
 
 
 @pytest.mark.parametrize("momentum", [0., .1, .9, 1.])
@@ -511,25 +526,29 @@ def test_update_memory_is_image_by_image(momentum):
     """Of batches of clusters, and of their parts by camera, as in ccsd.py."""
     clusters, cams = np.arange(90) % 6, np.random.default_rng(0).integers(0, 3, 90)
     index = next(common.pk_batches(clusters, cams, 4, 5, 1, torch.Generator().manual_seed(0)))
-    features = unit(20, seed=1)
+    features = unit(20, seed=1).requires_grad_()                   # those of a training step
     for labels in (clusters[index], (3 * clusters + cams)[index]):
         labels, memory = torch.from_numpy(labels), unit(18)
-        wanted = slow.update_memory(memory, features, labels, momentum)
+        wanted = slow.update_memory(memory, features.detach(), labels, momentum)
         absent = np.setdiff1d(np.arange(18), labels)
         before = memory[absent]
         common.update_memory(memory, features, labels, momentum, 5)
         torch.testing.assert_close(memory, wanted)
-        assert torch.equal(memory[absent], before)
+        assert torch.equal(memory[absent], before) and not memory.requires_grad
 
 
 def test_label_quality():
-    labels, pids = np.array([0, 0, 0, 1, 1, -1, -1]), np.array([5, 5, 7, 7, 7, 5, 9])
+    labels, pids = np.array([-1, -1, 0, 0, 0, 1, 1]), np.array([5, 9, 5, 5, 7, 7, 8])
     quality = common.label_quality(labels, pids)
-    assert quality["clusters"] == 2 and quality["outliers"] == 2 and quality["purity"] == 4 / 5
-    alone = [0, 0, 0, 1, 1, 2, 3]
+    assert quality["clusters"] == 2 and quality["outliers"] == 2 and quality["purity"] == 3 / 5
+    alone = [2, 3, 0, 0, 0, 1, 1]
     assert quality["ARI"] == pytest.approx(sklearn.metrics.adjusted_rand_score(pids, alone))
     assert quality["NMI"] == pytest.approx(
         sklearn.metrics.normalized_mutual_info_score(pids, alone))
+    without = common.label_quality(labels, np.full(7, -1))
+    assert without == dict(clusters=2, outliers=2)
+    for found in (quality, without):
+        assert json.loads(json.dumps(found)) == found              # plain numbers, as in logs
     perfect = common.label_quality(np.array([1, 1, 0, 0]), np.array([4, 4, 8, 8]))
     assert perfect["ARI"] == perfect["NMI"] == perfect["purity"] == 1
 

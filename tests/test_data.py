@@ -158,18 +158,23 @@ def test_toy_set_is_deterministic(tmp_path, capfd, monkeypatch):
     assert "cannot draw into /dev/null/toy" in capfd.readouterr().err
 
 
-def test_read_images(tmp_path):
+def test_read_images(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (5, 40, 20, 3), dtype=np.uint8)
     for i, picture in enumerate(pixels):
         Image.fromarray(picture).save(tmp_path / f"{i}.png")
     Image.new("L", (20, 40), 77).save(tmp_path / "5.png")          # grey becomes three channels
     split = common.Split([str(tmp_path / f"{i}.png") for i in range(6)], np.zeros(6), np.zeros(6))
+    told = []
+    monkeypatch.setattr(common, "check_memory", lambda *args: told.append(args))
     images = common.read_images(split, 40, 20)
+    assert told == [(6, 40, 20)]                                   # before any is read
     assert images.dtype == torch.uint8 and images.shape == (6, 3, 40, 20)
     assert (images[:5].permute(0, 2, 3, 1).numpy() == pixels).all() and (images[5] == 77).all()
     half = Image.fromarray(pixels[0]).resize((10, 20), Image.BICUBIC)
     assert (common.read_images(split, 20, 10)[0].permute(1, 2, 0).numpy() == np.array(half)).all()
+    many = split._replace(paths=split.paths * 25)                  # they come in several parts
+    assert torch.equal(common.read_images(many, 40, 20), images.repeat(25, 1, 1, 1))
 
 
 @pytest.mark.parametrize("spoil", ["empty", "text", "truncated", "huge"])
@@ -254,9 +259,12 @@ def by_hand(image, u, pad, erase, jitter):
     return out
 
 
-@pytest.mark.parametrize("pad, erase, jitter", [(10, .5, 0), (6, .5, .5), (0, 0, 0), (3, 1, 1)])
-def test_augment_equals_pixel_by_pixel(pad, erase, jitter):
-    images = torch.randint(0, 256, (24, 3, 32, 16), dtype=torch.uint8,
+@pytest.mark.parametrize("pad, erase, jitter, size", [
+    (10, .5, 0, (32, 16)), (6, .5, .5, (32, 16)), (0, 0, 0, (32, 16)), (3, 1, 1, (32, 16)),
+    (0, 1, 0, (12, 12)),                                           # some tries do not fit
+    (0, 1, 0, (4, 60)), (0, 1, 0, (60, 4))])                       # in some images none does
+def test_augment_equals_pixel_by_pixel(pad, erase, jitter, size):
+    images = torch.randint(0, 256, (24, 3, *size), dtype=torch.uint8,
                            generator=torch.Generator().manual_seed(1))
     before = images.clone()
     out = common.augment(images, torch.Generator().manual_seed(2), pad, erase, jitter)
@@ -274,6 +282,14 @@ def test_augment_without_changes_is_normalise_or_its_mirror():
     mirrored = [torch.allclose(a, b.flip(2), atol=1e-5) for a, b in zip(out, plain)]
     same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(out, plain)]
     assert all(a != b for a, b in zip(same, mirrored)) and 16 < sum(mirrored) < 48
+
+
+@pytest.mark.parametrize("height, pad", [(24, 1), (47, 1), (48, 2), (72, 3)])
+def test_augment_pads_in_proportion_to_the_height_and_erases_in_half_of_the_images(height, pad):
+    images = torch.randint(0, 256, (48, 3, height, 24), dtype=torch.uint8)
+    out, same = (common.augment(images, torch.Generator().manual_seed(0), *more)
+                 for more in ((), (pad, .5, 0)))
+    assert torch.equal(out, same)
 
 
 def test_pk_batches():
@@ -317,6 +333,31 @@ def test_pk_batches_anchor_is_uniform_and_cameras_can_be_ignored():
         next(common.pk_batches(labels, cams, 3, 2, 1, torch.Generator()))
     with pytest.raises(common.Problem, match="nothing to be told from"):  # also of --true-ids
         next(common.pk_batches(np.zeros(5, int), cams, 1, 2, 1, torch.Generator()))
+
+
+def test_pk_batches_up_to_their_limits():
+    """As many labels as a batch takes, or twice as many; as many images as places, one more, one
+    less. None is left out, and none repeats before it must."""
+    for clusters in (4, 8):
+        labels, cams = np.repeat(np.arange(clusters), 6), np.arange(6 * clusters) % 2
+        batches = [*common.pk_batches(labels, cams, 4, 5, 8, torch.Generator().manual_seed(0))]
+        for i in range(0, 8, clusters // 4):
+            seen = np.concatenate([labels[index] for index in batches[i:i + clusters // 4]])
+            assert np.unique(seen, return_counts=True)[1].tolist() == [5] * clusters
+    for n in range(1, 9):
+        labels = np.repeat([0, 1], n + 1)
+        other = np.tile([1] + [0] * n, 2)  # one image and n of another camera
+        generator = torch.Generator().manual_seed(0)
+        for index in common.pk_batches(labels, other, 2, 5, 20, generator):
+            assert len(index) == 10
+            for row in index.view(2, 5).tolist():
+                drawn = set(row[1:])
+                assert len(drawn) == (1 if other[row[0]] == 0 else 4) or n < 4
+                assert row[0] not in drawn
+        for index in common.pk_batches(labels, None, 2, 5, 20, generator):
+            assert len(index) == 10
+            for row in index.view(2, 5).tolist():
+                assert row[0] not in row[1:] and (len(set(row)) == 5 or n < 4)
 
 
 def test_halves_share_neither_people_nor_cameras(tmp_path):
