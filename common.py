@@ -649,16 +649,18 @@ def evaluate(query_features, gallery_features, query, gallery, topk=(1, 5, 10), 
     """
     check_features(query_features, gallery_features)
     similar = (rows @ gallery_features.T for rows in query_features.split(block))
-    return score_ranking(similar, query, gallery, topk, block)
+    return score_ranking(similar, query, gallery, topk)
 
 
-def score_ranking(similarities, query, gallery, topk=(1, 5, 10), block=256):
-    """evaluate() for similarities (block, G) that are given for a block of queries at a time."""
-    precision, first = [], []
-    for start, similar in zip(range(0, len(query.pids), block), similarities):
+def score_ranking(similarities, query, gallery, topk=(1, 5, 10)):
+    """evaluate() for similarities that are given for some queries at a time, (block, G)."""
+    precision, first, start = [], [], 0
+    for similar in similarities:
+        rows = slice(start, start + len(similar))
+        start = rows.stop
         similar = similar if similar.is_cuda else similar.cpu()  # MPS has no float64
-        same_id = query.pids[start:start + block, None] == gallery.pids
-        same_cam = query.cams[start:start + block, None] == gallery.cams
+        same_id = query.pids[rows, None] == gallery.pids
+        same_cam = query.cams[rows, None] == gallery.cams
         right = send(torch.from_numpy(same_id & ~same_cam), similar.device)       # (block, G)
         ignored = send(torch.from_numpy(same_id & same_cam), similar.device)
         similar.masked_fill_(ignored, -math.inf)
@@ -1662,10 +1664,10 @@ def run_folder(method, args, defaults, ignored=()):
         name += f"-{flag.replace('_', '-')}"
         if flag == "size":
             name += "-" + "x".join(map(str, value))
-        elif isinstance(value, str):
+        elif isinstance(value, (int, float)):
+            name += "" if value is True else f"{value:g}"
+        else:
             name += f"-{value}"
-        elif value is not True:
-            name += f"{value:g}"
     name = re.sub(r"[^\w.-]+", "-", name)
     if len(name) > 120:  # no file system takes all lengths; other flags must not share a folder
         name = f"{name[:111]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

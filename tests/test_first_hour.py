@@ -1,5 +1,6 @@
 """The first hour of a student: editing a page, running it again, own images, use from Python."""
 
+import argparse
 import csv
 import json
 import os
@@ -172,6 +173,14 @@ def test_a_folder_is_named_after_its_flags(page, words, name, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert page.get_args(words.split()).out == os.path.join("runs", name)
     assert page.get_args([*words.split(), "--out", "a b"]).out == "a b"
+
+
+def test_flags_of_other_kinds_have_folders_too():
+    """A student's flag may hold a list, nothing, yes or no."""
+    plain = argparse.Namespace(data="toy", seed=0, mine=3)
+    names = {common.run_folder("ccsd", argparse.Namespace(data="toy", seed=0, mine=value), plain)
+             for value in ([1, 2], [1, 3], None, True, False, "x", 2, .5)}
+    assert len(names) == 8
 
 
 def test_own_folders_do_not_share_a_run_folder(tmp_path, monkeypatch):
