@@ -77,7 +77,8 @@ def get_args(argv=None):
     weight = number(float, 0)
     title = "paper (default / published); weight 0: off"
     add = parser.add_argument_group(title).add_argument
-    add("--source", help="the labelled data set, a folder or a name as in --data (%(default)s)")
+    add("--source",
+        help="the labelled data set, a folder or a name as in --data (%(default)s)")
     add("--sources",
         help="folder of finished source networks, of any --seed (OUT/source, or that of a "
         "run with the same flags of the source)")
@@ -87,18 +88,23 @@ def get_args(argv=None):
     add("--soft", type=weight, default=.5, help="weight of L_soft (%(default)s / 0.5)")
     add("--ms", type=weight, default=3, help="weight of L_ms (%(default)s / 3)")
     add("--nuc", type=weight, default=1.5, help="weight of L_nuc (%(default)s / 1.5)")
-    add("--alpha", type=number(float, 0, 1), help="decay of slow copies (%(default)s / 0.999)")
+    add("--alpha", type=number(float, 0, 1),
+        help="decay of slow copies (%(default)s / 0.999)")
     add("--shared-view", action="store_true", help="the same view for all networks")
-    add("--temp", type=number(float, 1e-3), help="tau; higher: softer labels (%(default)s / 1)")
+    add("--temp", type=number(float, 1e-3),
+        help="tau; higher: softer labels (%(default)s / 1)")
     add("--rho", type=number(float, 1e-9, 1),
         help="share of all pairs, the closest ones, whose mean distance is DBSCAN's radius; "
         "try images per person / all (%(default)s / 1.6e-3)")
-    add("--eps", type=number(float, 0, 1), default=0, help="DBSCAN's radius; 0: from --rho (0)")
+    add("--eps", type=number(float, 0, 1), default=0,
+        help="DBSCAN's radius; 0: from --rho (0)")
     add("--k1", type=number(int, 1),
         help="neighbours in the Jaccard distance, about as many as a person has images "
         "(%(default)s / 20)")
-    add("--source-epochs", type=number(int, 1), help="epochs on the source (%(default)s / 80)")
-    add("--source-iters", type=number(int, 1), help="batches per source epoch (%(default)s / 100)")
+    add("--source-epochs", type=number(int, 1),
+        help="epochs on the source (%(default)s / 80)")
+    add("--source-iters", type=number(int, 1),
+        help="batches per source epoch (%(default)s / 100)")
     common.add_schedule_flags(parser, SETTINGS["market1501"])
     common.add_run_flags(parser, warm_up=False)
     args = common.parse(parser, argv, "sskd", SETTINGS, TARGET_FLAGS)
@@ -370,7 +376,8 @@ def main(argv=None):
         # ---- 6 report, evaluate, save; the first slow copy of the last epoch is the result D3
         losses = loss_means.values(epoch + 1)
         quality = common.label_quality(labels, train.pids)
-        losses.update(soft_clusters=math.exp(losses.pop("entropy")), soft_own=losses.pop("own"))
+        losses["soft_clusters"] = math.exp(losses.pop("entropy"))
+        losses["soft_own"] = losses.pop("own")
         due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
         scores = common.test(slow[0], test_set) if due else {}
         keep = dict(state, model=slow[0], labels=labels, radius=radius)
