@@ -24,6 +24,7 @@ import slow
 import torch
 import torch.nn.functional as F
 import toy
+from halves import pytest_runtestloop  # noqa: F401, a hook of pytest
 from torch import nn
 from torch.optim.optimizer import (register_optimizer_step_post_hook,
                                    register_optimizer_step_pre_hook)
