@@ -228,7 +228,7 @@ def main(argv=None):
     # ---- 0 data, network, optimiser
     train, images, test_set = common.read_data(args, device)
     cams, from_scratch = train.cams, args.weights == "none"
-    jitter = .5 if from_scratch else 0  # W
+    jitter = .5 if from_scratch else 0  # W: not in the paper
     K = args.num_instances  # images of each of P clusters
     P = args.batch_size // K
     model = common.Encoder(args.arch, args.weights, parts=0, pooling="gem").on(device, args)
@@ -241,7 +241,7 @@ def main(argv=None):
     labels = resumed.get("labels")
     if not resumed:  # a new run
         log.epoch("start", scores={} if args.quick else common.test(model, test_set))
-        if from_scratch:  # W
+        if from_scratch:  # W: not in the paper
             common.warm_up(model, images, cams, generator, args.warm_up)
             log.epoch("warmed up", scores=common.test(model, test_set))
 
@@ -253,7 +253,7 @@ def main(argv=None):
 
         # ---- 2 pseudo labels: dense groups of images that share neighbours
         to_cluster = features                                                     # (N, D)
-        if args.centre:  # W
+        if args.centre:  # W: not in the paper
             to_cluster = common.centre_cameras(features, cams)
         if args.true_ids:
             labels = common.renumber(train.pids)                                  # (N,)
@@ -281,7 +281,7 @@ def main(argv=None):
         # ---- 5 batches of P clusters x K images
         model.train()
         loss_means = common.Means()
-        cross_started = epoch >= min(GROUP_START, args.epochs // 4)  # N3
+        cross_started = epoch >= min(GROUP_START, args.epochs // 4)  # N3: not at once
         batches = common.pk_batches(labels, cams, P, K, args.iters, generator)
         for step, index in log.steps(batches, f"epoch {epoch + 1}", args.iters):
             # 5a features of augmented images, in --bn-splits chunks as if on that many GPUs

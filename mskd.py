@@ -61,7 +61,7 @@ SETTINGS = {  # defaults of the flags; tests/RESULTS.md says how the toy set's w
     "toy": dict(
         arch="small", weights="none", size=(96, 48), eps=.45, k1=20,
         epochs=20, iters=24, batch_size=64, num_instances=4, lr=1e-3, lr_drop=0,
-        bn_splits=1, eval_every=5, teacher_bn="running"),  # D4
+        bn_splits=1, eval_every=5, teacher_bn="running"),  # D4: not the batch's
     "market1501": dict(
         arch="resnet50", weights="imagenet", size=(256, 128), eps=.6, k1=30,
         epochs=50, iters=200, batch_size=256, num_instances=16, lr=3.5e-4, lr_drop=20,
@@ -85,7 +85,7 @@ def get_args(argv=None):
         help="weight of each half's distance (%(default)s / 0.15)")
     add("--l2", type=number(float, 0, 1), default=.2,
         help="weight of each half's loss (%(default)s / 0.2)")
-    add("--mu", type=number(float, 0), default=1,  # D3
+    add("--mu", type=number(float, 0), default=1,  # D3: on
         help="weight of distillation; 0: the teacher provides only the labels and "
         "memories of the first round (%(default)s / 1)")
     add("--teacher-bn", choices=("batch", "running"),
@@ -164,13 +164,13 @@ def load_teacher(folder, args):
     if epoch < epochs:
         raise common.Problem(f"the teacher {path} stopped after epoch {epoch} of {epochs} "
                              "(finish it with --stage teacher --resume)")
-    teacher.train(args.teacher_bn == "batch")  # D4
+    teacher.train(args.teacher_bn == "batch")  # D4: or its running statistics
     return teacher.requires_grad_(False)
 
 
 def main(argv=None):
     args = get_args(argv)
-    teacher = args.teacher or os.path.join(args.first_stage, "teacher")  # D2
+    teacher = args.teacher or os.path.join(args.first_stage, "teacher")  # D2: a folder of its own
 
     # ==== first stage: the teacher, from the noisy labels of its own clusters
     if args.stage != "student" and not args.teacher:
@@ -200,7 +200,7 @@ def train_stage(args, stage, out, teacher_folder=None):
     # ---- 0 data, network, optimiser
     train, images, test_set = common.read_data(args, device)
     cams, from_scratch = train.cams, args.weights == "none"
-    jitter = .5 if from_scratch else 0  # W
+    jitter = .5 if from_scratch else 0  # W: not in the paper
     K = args.num_instances  # images of each of P clusters
     P = args.batch_size // K
     model = common.Encoder(args.arch, args.weights, parts=2, pooling="gem").on(device, args)
@@ -216,7 +216,7 @@ def train_stage(args, stage, out, teacher_folder=None):
     labels = resumed.get("labels")
     if not resumed:  # a new run
         log.epoch("start", scores={} if args.quick else common.test(model, test_set))
-        if from_scratch:  # W
+        if from_scratch:  # W: not in the paper
             common.warm_up(model, images, cams, generator, args.warm_up)
             log.epoch("warmed up", scores=common.test(model, test_set))
 
@@ -236,7 +236,7 @@ def train_stage(args, stage, out, teacher_folder=None):
 
         # ---- 2 pseudo labels: dense groups of images that share neighbours, views averaged
         to_cluster = features                                                     # (3, N, D)
-        if args.centre:  # W
+        if args.centre:  # W: not in the paper
             to_cluster = common.centre_cameras(features, cams)
         if args.true_ids:
             labels = common.renumber(train.pids)                                  # (N,)

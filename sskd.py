@@ -271,7 +271,7 @@ def main(argv=None):
     # ---- 0 data, source networks M, slow copies E
     train, images, test_set = common.read_data(args, device)
     cams, from_scratch = train.cams, args.weights == "none"
-    jitter = .5 if from_scratch else 0  # W
+    jitter = .5 if from_scratch else 0  # W: not in the paper
     K = args.num_instances  # images of each of P clusters
     P = args.batch_size // K
     paths = [train_source(args, i + 1, device, images) for i in range(args.nets)]
@@ -297,7 +297,7 @@ def main(argv=None):
 
         # ---- 2 pseudo labels: dense groups of images that share neighbours
         to_cluster = features                                                     # (N, D)
-        if args.centre:  # W
+        if args.centre:  # W: not in the paper
             to_cluster = F.normalize(common.centre_cameras(by_network, cams).sum(0))
         if args.true_ids:
             labels, radius = common.renumber(train.pids), 0                       # (N,)
@@ -310,7 +310,7 @@ def main(argv=None):
 
         # ---- 4 classifiers of every network and every copy: the clusters' unit means
         centroids = common.cluster_means(features, labels)                        # (C, D)
-        classifiers = [centroids.clone().requires_grad_() for _ in students]  # D1
+        classifiers = [centroids.clone().requires_grad_() for _ in students]  # D1: C rows
         slow_classifiers = [common.cluster_means(to_cluster, labels) for _ in slow]
         camera_means = None
         if args.centre:
@@ -359,7 +359,7 @@ def main(argv=None):
                 # 5f total loss of each network, then one step of all
                 loss = args.id * L_id + args.soft * L_soft
                 loss = loss + args.ms * L_ms + args.nuc * L_nuc
-                scaler.scale(loss).backward()  # D2
+                scaler.scale(loss).backward()  # D2: network by network
                 loss_means.add(id=L_id, soft=L_soft, ms=L_ms, nuc=L_nuc)
             lr = common.learning_rate(args, epoch + step / args.iters, args.epochs)
             optimizer.param_groups[0]["lr"] = lr
@@ -370,7 +370,7 @@ def main(argv=None):
             # 5g the slow copies follow, which averages out the noise of single steps
             alpha_t = min(1 - 1 / (epoch * args.iters + step + 1), args.alpha)
             follow(slow.parameters(), students.parameters(), alpha_t)
-            if not args.centre:  # W
+            if not args.centre:  # W: centred rows stay as they are
                 follow(slow_classifiers, classifiers, alpha_t)
 
         # ---- 6 report, evaluate, save; the first slow copy of the last epoch is the result D3
