@@ -41,7 +41,7 @@ def test_the_precision_suits_the_machine(machine, auto, bf16, monkeypatch, capsy
     assert half == ("fp32" if device is CPU else "fp16")           # on a CPU: 15 times as slow
 
 
-def test_a_run_keeps_its_precision(tiny, tmp_path, monkeypatch, capsys):
+def test_a_run_keeps_its_precision(tiny, tmp_path, monkeypatch, capsys, two_layers):
     """--precision auto does not change the folder's name, and goes on as the run began, on whatever
     machine; another precision is refused."""
     monkeypatch.chdir(tmp_path)
@@ -58,16 +58,16 @@ def test_a_run_keeps_its_precision(tiny, tmp_path, monkeypatch, capsys):
     more = ["--epochs", "2", "--out", "a", "--resume"]
     says = refusal(lambda: ccsd.main([*flags, *more, "--precision", "fp32"]), capsys)
     assert "--precision bf16, now fp32" in says
-    assert ccsd.main([*flags, *more])["mAP"] > 0
+    scores = ccsd.main([*flags, *more])
     assert common.load_run("a/last.pt")["precision"] == "bf16"
-    report = scoring.main(["a", "--report"])
-    assert report and " s on cpu in bf16" in open("a/report.html").read()
+    assert scores.items() <= scoring.main(["a", "--report"]).items()
+    assert " s on cpu in bf16" in open("a/report.html").read()
     monkeypatch.setattr(common, "cpu_has_bfloat16", lambda: False)   # it cannot go on there
     says = refusal(lambda: ccsd.main([*flags, *more]), capsys)
     assert "--precision bf16, now fp32" in says
 
 
-def test_stages_have_one_precision_and_sources_any(tiny, tmp_path, monkeypatch, capsys):
+def test_stages_have_one_precision_and_sources_any(tiny, tmp_path, monkeypatch, two_layers):
     """The second stage goes on in that of the first, even if a better card was found since."""
     best, choose = ["bf16"], common.precision
     monkeypatch.setattr(common, "precision", lambda device, wanted: choose(
@@ -94,24 +94,23 @@ def test_stages_have_one_precision_and_sources_any(tiny, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_fp16_trains_and_an_overflow_skips_the_step(name, tiny, tmp_path, monkeypatch,
-                                                    after_each_step, two_layers):
+def test_fp16_trains_and_an_overflow_skips_the_step(name, tmp_path, monkeypatch, after_each_step,
+                                                    two_layers):
     """Every scaler starts far too high: its first steps are skipped, each halves it, and then the
     network is trained. In SSKD the step is one of all networks."""
-    monkeypatch.setattr(ccsd, "GROUP_START", 0)
-    more = ["--epochs", "1", "--iters", "12", "--warm-up", "5", "--true-ids", "--precision", "fp16",
-            "--size", "32", "32"]
+    monkeypatch.setattr(common, "test", lambda *_: dict(mAP=0, rank1=0))
+    more = ["--epochs", "1", "--iters", "12", "--true-ids", "--precision", "fp16", "--size", "32",
+            "32", "--warm-up", "5"]
     if name == "sskd":
-        more += ["--source", str(draw(tmp_path / "source", train=6)), "--source-epochs", "1",
-                 "--source-iters", "12", "--nets", "2"]
-        more.remove("--warm-up"), more.remove("5")
+        more[-2:] = ["--source", str(draw(tmp_path / "source", train=6)), "--source-epochs", "1",
+                     "--source-iters", "12", "--nets", "2"]
     scalers, updates, steps = first_scale(monkeypatch, 2. ** 20), [], []
     update = torch.amp.grad_scaler.GradScaler.update
     monkeypatch.setattr(torch.amp.grad_scaler.GradScaler, "update", lambda scaler: [
         updates.append(scaler), update(scaler)])
     after_each_step.append(steps.append)
-    scores = PAGES[name].main(short(tiny, tmp_path / "a", *more))
-    assert 0 < scores["mAP"] <= 1
+    few = draw(tmp_path / "few", train=4, test=1, shots=2)         # CPUs are slow in fp16
+    PAGES[name].main(short(few, tmp_path / "a", *more))
     skipped = {scaler: math.log2(2 ** 20 / scaler.get_scale()) for scaler in set(updates)}
     assert set(scalers) == set(updates) and min(skipped.values()) >= 2, skipped
     assert len(updates) - len(steps) == sum(skipped.values())
@@ -171,7 +170,8 @@ def test_out_of_memory_in_all_its_words_is_one_line(words, capsys):
 
 
 @pytest.mark.parametrize("words", ["CUDA error: device-side assert triggered",
-                                   "mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"])
+                                   "mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)",
+                                   "element refers to a single memory location"])
 def test_other_errors_keep_their_traceback(words):
     def fail():
         raise RuntimeError(words)

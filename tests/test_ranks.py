@@ -2,11 +2,12 @@
 files; and what one sees when a process is lost. Two gloo processes on the CPU, loopback only.
 
 torchrun starts this file itself, as a program that calls the pages, because starting takes longer
-than the tiny runs: test_ranks.py JOBS, a JSON list of [page, its words, epoch before which rank 1
-is killed or 0]; page "step" checks single steps, in which Adam cannot hide a factor.
+than the tiny runs: test_ranks.py JOBS, a JSON list of [page, its words]. Page "step" checks single
+steps, in which Adam cannot hide a factor; "half" is ccsd.py in fp16; "die" is the last.
 """
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -17,8 +18,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import HERE, draw, first_scale, losses, refusal, short, two_layers
+from conftest import HERE, draw, first_scale, losses, refusal, short, stop_after, two_layers
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import ccsd
 import common
@@ -43,40 +46,51 @@ def said(done):
             if re.search("error: |interrupted|go on with", line)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tiny_network():
+    with pytest.MonkeyPatch.context() as patch:
+        two_layers.__wrapped__(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
 def flags(tiny, tmp_path_factory):
     """-> the words of a short run: flags(page, out)."""
     source = draw(tmp_path_factory.mktemp("data") / "source", train=10)
-    more = dict(ccsd=["--refine", "reassign", "--on-collapse", "skip"],
-                mskd=["--epochs", "1", "--lr", "1e-5"],  # rounding must not decide on labels
+    more = dict(ccsd=["--refine", "reassign", "--warm-up", "1"],
+                mskd=["--epochs", "1", "--warm-up", "1"],
                 sskd=["--source", str(source), "--source-epochs", "1", "--source-iters", "2",
                       "--nets", "2", "--epochs", "1"])
-    return lambda page, out: short(tiny, out, *CHUNKS, *more[page])
+    return lambda page, out: short(tiny, out, "--bn-splits", "2", "--batch-size", "16",
+                                   "--num-instances", "4", "--on-collapse", "skip",
+                                   "--lr", "1e-5",  # rounding must not decide on labels
+                                   *more[page])
 
 
 @pytest.fixture(scope="module")
 def runs(flags, tmp_path_factory):
     """All three pages in one process and in two; in `resumed`, one process has stopped after its
-    first epoch and two have gone on. -> the two folders, and what torchrun printed."""
+    first epoch and two have gone on; in `died`, rank 1 has. -> the two folders, and what torchrun
+    printed."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     for page, module in PAGES.items():
         module.main(flags(page, one / page))
     fp16(flags("ccsd", one / "half"))
-    stop_after_an_epoch(flags("ccsd", two / "resumed"))
-    torch.set_num_threads(threads)
-    jobs = [["step", [], 0]] + [[page, flags(page, two / page), 0] for page in PAGES]
-    jobs.append(["ccsd", [*flags("ccsd", two / "resumed"), "--resume"], 0])
-    jobs.append(["half", flags("ccsd", two / "half"), 0])
-    done = torchrun(__file__, json.dumps(jobs))
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(1, patch)
+        ccsd.main(flags("ccsd", two / "resumed"))
+    for log in common.LOCKS.values():
+        log.close()  # as if this process had ended
+    done = torchrun(__file__, json.dumps([
+        ["step", []], *([page, flags(page, two / page)] for page in PAGES),
+        ["ccsd", [*flags("ccsd", two / "resumed"), "--resume"]],
+        ["half", flags("ccsd", two / "half")], ["die", flags("ccsd", two / "died")]]))
+    assert done.returncode == 1 and (two / "died").exists(), done.stderr
     return one, two, done
 
 
 def fp16(words):
-    """Run ccsd.py in fp16; in its second step, gradients overflow on the last rank. The network is
-    so small that CPUs, which are slow in fp16, are fast enough."""
+    """Run ccsd.py in fp16; in its second step, gradients overflow on the last rank."""
     average, calls = common.average_gradients, []
 
     def overflow(optimizer):
@@ -85,24 +99,11 @@ def fp16(words):
             optimizer.param_groups[0]["params"][0].grad[0] = torch.inf
         average(optimizer)
     with pytest.MonkeyPatch.context() as patch:
-        two_layers.__wrapped__(patch)
         patch.setattr(common, "average_gradients", overflow)
         scalers = first_scale(patch, 2. ** 4)
         ccsd.main([*words, "--precision", "fp16", "--true-ids", "--refine", "split", "--epochs",
                    "1", "--warm-up", "0", "--iters", "4"])
         assert scalers[0].get_scale() == 2 ** 3  # one step was skipped
-
-
-def stop_after_an_epoch(words):
-    """Run ccsd.py in this process; Ctrl-C before the second epoch."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # else ignored in a background job
-    batches, calls = common.pk_batches, []
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common, "pk_batches", lambda *args: batches(*args) if not calls.append(1)
-                      and len(calls) == 1 else signal.raise_signal(signal.SIGINT))
-        ccsd.main(words)
-    for log in common.LOCKS.values():
-        log.close()  # as if this process had ended
 
 
 def same_run(a, b):
@@ -147,8 +148,8 @@ def test_only_rank_0_prints_and_writes(runs):
     assert done.stdout.count("one step: same") == 1
     titles = [line.split("|")[0].strip() for line in done.stdout.splitlines()]
     assert titles.count("source 2, 1") == titles.count("source only") == 1
-    assert titles.count("first round") == 1 and titles.count("warmed up") == 4
-    assert done.stderr.count("3 cameras; train 72") == 6  # ccsd, teacher, student, sskd, ...
+    assert titles.count("first round") == 1 and titles.count("warmed up") == 5
+    assert done.stderr.count("3 cameras; train 72") == 7  # ccsd, teacher, student, sskd, ...
     for folder, _, files in os.walk(two):
         assert set(files) <= {"last.pt", "log.jsonl"}
 
@@ -158,28 +159,36 @@ def test_one_process_stops_and_two_go_on(runs):
     same_run(one / "ccsd", two / "resumed")
 
 
-def test_a_rank_dies_and_one_process_goes_on(runs, flags, tmp_path):
+def test_a_rank_dies_and_one_process_goes_on(runs, flags):
     """torchrun ends the other within seconds; one line says how to go on, and one process can."""
-    words = flags("ccsd", tmp_path)
-    done = torchrun(__file__, json.dumps([["ccsd", words, 2]]))
-    assert done.returncode == 1 and "epoch 1/2" in done.stdout and "epoch 2/2" not in done.stdout
+    one, two, done = runs
+    assert [line["epoch"] for line in losses(two / "died")] == [0, 0, 1]
     page = re.escape(os.path.join(HERE, "ccsd.py"))
     lines = said(done)
     assert len(lines) == 1 and re.search("finished epochs are kept; go on with: torchrun "
                                          f"--nproc-per-node 2 {page} .* --resume$", lines[0]), lines
-    ccsd.main([*words, "--resume"])
-    same_run(runs[0] / "ccsd", tmp_path)
+    ccsd.main([*flags("ccsd", two / "died"), "--resume"])
+    same_run(one / "ccsd", two / "died")
 
 
-def test_chunks_must_fit_the_ranks(tiny, tmp_path, capsys, monkeypatch):
-    done = torchrun(os.path.join(HERE, "mskd.py"), *short(tiny, tmp_path / "out"))
-    assert said(done) == ["error: --bn-splits 1 is no multiple of the 2 processes of torchrun "
-                          "(change one of them)"]
-    assert done.returncode == 1 and done.stdout == "" and not os.path.exists(tmp_path / "out")
+def test_chunks_must_fit_the_ranks_and_one_of_them_says_so(tiny, tmp_path, capsys, monkeypatch):
+    def refused():
+        return main(short(tiny, tmp_path / "out", "--bn-splits", "2"))
+    says = "--bn-splits 2 is no multiple of the 4 processes of torchrun (change one of them)"
     monkeypatch.setattr(common, "RANKS", 4)
     for main in (ccsd.main, mskd.main, sskd.main):
-        line = refusal(lambda: main(short(tiny, tmp_path, "--bn-splits", "2")), capsys)
-        assert line.startswith("--bn-splits 2 is no multiple of the 4 processes"), line
+        assert refusal(refused, capsys) == says
+    store = dist.HashStore()                                       # that torchrun gives its ranks
+    monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(store, 0, 4)]))
+    monkeypatch.setattr(common, "TORCHRUN", True)
+    for rank, lines in ((1, f"error: {says}\n"), (0, "")):         # the first to fail
+        monkeypatch.setattr(common, "RANK", rank)
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            for name in ("stdout", "stderr"):                      # put back afterwards
+                patch.setattr(sys, name, getattr(sys, name))
+            common.run(refused)
+        assert capsys.readouterr() == ("", lines)
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------- what the two ranks run
@@ -240,28 +249,39 @@ def check_steps(_):
     one_step(4, 2)
     shares()
     print("one step: same")
+    two_layers.__wrapped__(pytest.MonkeyPatch())  # for the jobs that follow
 
 
-def die(before):
-    """Rank 1 is killed when it asks for the batches of epoch `before`."""
+def die(words):
+    """Run ccsd.py; rank 1 is killed when it asks for the batches of the second epoch."""
     batches, calls = common.pk_batches, []
 
     def deadly(*args):
         calls.append(1)
-        if common.RANK == 1 and len(calls) == before:
+        if common.RANK == 1 and len(calls) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return batches(*args)
     common.pk_batches = deadly
+    ccsd.main(words)
+
+
+def same_gradients(optimizer, *_):
+    """Adam would hide gradients that no page has averaged, for a while."""
+    for p in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
+        if p.grad is not None:
+            of_rank_0 = p.grad.clone()
+            dist.broadcast(of_rank_0, 0)
+            assert torch.equal(p.grad, of_rank_0), "ranks step with different gradients"
 
 
 def work(jobs):
-    for page, words, before in jobs:
-        if before:
-            die(before)
-        dict(step=check_steps, half=fp16).get(page, page in PAGES and PAGES[page].main)(words)
+    register_optimizer_step_pre_hook(same_gradients)
+    pages = {name: page.main for name, page in PAGES.items()}
+    for name, words in jobs:
+        dict(pages, step=check_steps, half=fp16, die=die)[name](words)
 
 
 if __name__ == "__main__":
     jobs = json.loads(sys.argv[1])
-    sys.argv = [os.path.join(HERE, f"{jobs[-1][0]}.py"), *jobs[-1][1]]  # as if that were started
+    sys.argv = [os.path.join(HERE, "ccsd.py"), *jobs[-1][1]]  # as if that were started
     common.run(lambda: work(jobs))
