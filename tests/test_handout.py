@@ -221,6 +221,7 @@ MISTAKES = {  # function: its text, what students write instead, the kinds of po
         ("1 / self.p", "1 / 3", "power floor gradient"),
         ("** self.p", "** self.p.detach()", "gradient"),
         ("1e-6", "0", "gradient"),
+        ("torch.maximum(x, torch.full_like(x, 1e-6))", "x", "floor gradient"),
         ("total / (x.shape[2] * x.shape[3])", "x ** self.p", "all and shape")],
     "common.cluster_means": [
         ("labels.max() + 1", "labels.max()", "all and shape"),
