@@ -220,8 +220,8 @@ MISTAKES = {  # function: its text, what students write instead, the kinds of po
     "common.GeM": [
         ("1 / self.p", "1 / 3", "power floor gradient"),
         ("** self.p", "** self.p.detach()", "gradient"),
-        ("/ (x.shape[2] * x.shape[3])", "/ x.shape[2]", "all"),
         ("1e-6", "0", "gradient"),
+        ("torch.maximum(x, torch.full_like(x, 1e-6))", "x", "floor gradient"),
         ("total / (x.shape[2] * x.shape[3])", "x ** self.p", "all and shape")],
     "common.cluster_means": [
         ("labels.max() + 1", "labels.max()", "all and shape"),
@@ -238,7 +238,6 @@ MISTAKES = {  # function: its text, what students write instead, the kinds of po
         ("zip(features.detach(), labels)", "reversed([*zip(features.detach(), labels)])", "order")],
     "common.average_precision": [
         ("(-row[j], hit[j])", "(-row[j], -hit[j])", "ties"),
-        ("(-row[j], hit[j])", "(row[j], hit[j])", "all"),
         ("ranks[0] - 1", "ranks[0]", "first"),
         ("n / rank for n, rank in enumerate(ranks, 1)",
          "1 / rank for rank in ranks", "AP ties ignored"),
@@ -265,7 +264,6 @@ MISTAKES = {  # function: its text, what students write instead, the kinds of po
     "ccsd.intra_camera_loss": [
         (" / temp", "", "temperature"),
         ("[camera == camera[g]]", "", "all"),
-        ("[camera == camera[g]]", "[camera != camera[g]]", "all"),
         ("/ len(group)", "", "all"),
         ("similarity.double()", "similarity.detach().double()", "gradient")],
     "ccsd.cross_camera_loss": [
@@ -290,29 +288,23 @@ MISTAKES = {  # function: its text, what students write instead, the kinds of po
     "mskd.view_losses": [
         (" / temp", "", "temperature"),
         ("memory[v]", "memory[0]", "all"),
-        ("/ len(k)", "", "all"),
         ("torch.stack(views)", "torch.stack(views).mean()", "all and shape"),
         ("f[v]", "f[v].detach()", "gradient")],
     "mskd.distillation_losses": [
         ("t = t.detach()", "", "gradient"),
-        ("/ f.shape[1]", "/ f.shape[1] / f.shape[2]", "all"),
-        ("((a - b) ** 2).sum()", "(a - b).norm()", "all"),
         ("torch.stack(", "sum(", "all and shape"),
         ("/ f.shape[1]", "", "all")],
     "mskd.mixed_distance": [
         ("1 - 2 * l1", "1 - l1", "values missing zeros"),
         ("[1 - 2 * l1, l1, l1]", "[1, l1, l1]", "values missing zeros"),
         ("if s > 0", "if 0 < s < .99999", "zeros"),
-        ("weight * (1 - d)", "weight * d", "all"),
         ("views, [1", "views[:1], [1", "values missing zeros"),
         ("max(1 - s, 0)", "s", "all")],
     "sskd.soft_label_loss": [
         ("z - z.max(1, keepdim=True).values", "z", "large"),
-        (") / len(z)", ") / z.numel()", "all"),
         ("keepdim=True).log()", "keepdim=True).log() * 0", "values hard gradient"),
         ("soft * log_q", "log_q.exp() * soft.log()", "all"),
         ("soft * log_q", "soft * (log_q - soft.log())", "all"),
-        ("sum(1, keepdim=True)", "sum(0, keepdim=True)", "all"),
         ("z.double()", "z.detach().double()", "gradient")],
     "sskd.follow": [
         ("alpha * e + (1 - alpha) * m", "alpha * m + (1 - alpha) * e", "alpha first"),
@@ -341,7 +333,6 @@ MISTAKES = {  # function: its text, what students write instead, the kinds of po
         (" & (s < 1 - 1e-5)", "", "values duplicates"),
         ("pos[pos < neg.max() + margin], neg[neg > pos.min() - margin]",
          "pos, neg", "mining solved gradient"),
-        ("/ len(S)", "", "all"),
         ("/ len(S)", "/ len(terms)", "solved"),
         ("(s < 1 - 1e-5)", "(torch.arange(len(s)) != i)", "duplicates"),
         ("/ low", "", "all")]}
@@ -382,12 +373,13 @@ def mistaken(name, text, instead):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", handout.BLANKS)
 def test_a_usual_mistake_costs_its_points_and_no_other(name, monkeypatch):
-    every = {words.split(":")[0] for words, *_ in cases(name, 1)}
-    assert len(MISTAKES[name]) >= 5
+    every, ever = {words.split(":")[0] for words, *_ in cases(name, 1)}, {"shape"}
     for text, instead, costs in MISTAKES[name]:
         costs = every - ({"shape"} - {*costs.split()}) if "all" in costs else {*costs.split()}
         _, lost, wrong = kinds(name, mistaken(name, text, instead), monkeypatch)
         assert lost == costs, (text, instead, wrong)
+        ever |= lost
+    assert ever >= every, "a point that no mistake costs"
 
 
 # ------------------------------------------------------------------------- handed out and graded

@@ -1,7 +1,7 @@
 """The report's first chapter: what it draws is what the page's losses get for the same images."""
 
-import copy
 import shutil
+from types import SimpleNamespace
 
 import lesson
 import numpy as np
@@ -9,8 +9,8 @@ import pytest
 import report
 import slow
 import torch
-from conftest import draw, short
-from test_report import Page, read_page, without_ids
+from conftest import change_clusters, draw, short, two_layers, watch
+from test_report import Page, change_data, read_page, without_ids
 
 import ccsd
 import common
@@ -19,48 +19,40 @@ import mskd
 import sskd
 
 
-class Stop(Exception):
-    """Ends a run after its first batch."""
-
-
-def flags(page, tiny, folder):
-    more = ["--epochs", "4", "--eval-every", "9", "--batch-size", "8"]
-    if page is sskd:
-        more = ["--epochs", "2", "--source", str(folder / "source"), "--nets", "2",
-                "--source-epochs", "1", "--source-iters", "2", "--batch-size", "4"]
-    return short(tiny, folder / "run", *more)
+@pytest.fixture(scope="module", autouse=True)
+def two_convolutions():
+    """--arch small has two convolutions: what is drawn of it is compared with the same network."""
+    with pytest.MonkeyPatch.context() as only:
+        two_layers.__wrapped__(only)
+        yield
 
 
 @pytest.fixture(scope="module", params=[ccsd, mskd, sskd], ids=lambda page: page.__name__)
 def run(request, tiny, tmp_path_factory):
-    """-> a page, the folder of a short run of it, and its flags."""
-    folder = tmp_path_factory.mktemp(request.param.__name__)
-    if request.param is sskd:
+    """A short run and its report -> page, folder and words of the run; text of the report; of what
+    the chapter computed: seen, the arguments and results of functions, e, the epoch, c, the
+    choices, rows and absent, the cases, looks, what is drawn of images."""
+    page, folder = request.param, tmp_path_factory.mktemp("runs")
+    words = short(tiny, folder / "run", "--epochs", "4", "--eval-every", "9")
+    if page is sskd:
         draw(folder / "source", cameras=2)
-    words = flags(request.param, tiny, folder)
-    request.param.main(words)
-    return request.param, folder / "run", words
+        words += ["--epochs", "2", "--source", str(folder / "source"), "--nets", "2",
+                  "--source-epochs", "1", "--source-iters", "2", "--batch-size", "4"]
+    page.main(words)
+    look = f"{page.__name__}_look"
+    with pytest.MonkeyPatch.context() as only:
+        seen = {name: watch.__wrapped__(only)(lesson, name) for name in (
+            "find_labels", "first_batch", "cases", look, "neighbourhood", "shared_weight")}
+        scoring.main([str(folder / "run"), "--report"])
+    (e, c, *_), (rows, absent) = seen["cases"][0]
+    return SimpleNamespace(page=page, folder=folder / "run", words=words, seen=seen, e=e, c=c,
+                           rows=rows, absent=absent, looks=seen[look],
+                           text=read_page(folder / "run" / "report.html").text)
 
 
-def spy(monkeypatch, where, name):
-    """-> list of (arguments, result) of each call of where.name."""
-    call, seen = getattr(where, name), []
-
-    def noted(*args, **more):
-        result = call(*args, **more)
-        seen.append((args, result))
-        return result
-    monkeypatch.setattr(where, name, noted)
-    return seen
-
-
-def report_of(run, monkeypatch):
-    """Draw a run's report -> what its chapter computed, by function: (arguments, result)."""
-    seen = {name: spy(monkeypatch, lesson, name) for name in (
-        "find_labels", "first_batch", "choices", "cases", "ccsd_look", "mskd_look", "sskd_look",
-        "neighbourhood", "shared_weight")}
-    scoring.main([str(run), "--report"])
-    return seen
+def only(page):
+    """Of the runs above, this page's alone."""
+    return pytest.mark.parametrize("run", [page], indirect=True, ids=[page.__name__])
 
 
 LOSSES = {ccsd: dict(L_intra="intra_camera_loss", L_cross="cross_camera_loss",
@@ -69,48 +61,32 @@ LOSSES = {ccsd: dict(L_intra="intra_camera_loss", L_cross="cross_camera_loss",
           sskd: dict(L_soft="soft_label_loss")}
 
 
-def test_the_batch_is_the_next_one_of_the_run(run, monkeypatch):
+def test_the_batch_is_the_next_one_of_the_run(run, monkeypatch, watch):
     """Go on with the run: labels, images, augmented views and losses of its next step."""
-    page, folder, words = run
-    seen = report_of(folder, monkeypatch)
-    (e, *_), (index, views, terms) = seen["first_batch"][0]
-    augmented, batches = spy(monkeypatch, common, "augment"), []
-    pk_batches, at = common.pk_batches, {}
-
-    def first_batch_only(labels, *args):
-        at["labels"] = labels
-        for batch in pk_batches(labels, *args):
-            batches.append(batch)
-            yield batch
-    monkeypatch.setattr(common, "pk_batches", first_batch_only)
-    monkeypatch.setattr(common, "average_gradients", lambda _: (_ for _ in ()).throw(Stop))
-    got = {term: spy(monkeypatch, page, name) for term, name in LOSSES[page].items()}
-    longer = copy.copy(words)
-    longer[max(i for i, word in enumerate(words) if word == "--epochs") + 1] = "9"
-    state = common.load_run(str(folder / "last.pt"))
-    with pytest.raises(Stop):
-        page.main([*longer, "--resume", *(["--stage", "student"] if page is mskd else [])])
-    assert common.load_run(str(folder / "last.pt"))["epoch"] == state["epoch"]   # nothing trained
-    assert (at["labels"] == e.labels).all() and torch.equal(batches[0], index)
-    for view, (_, batch) in zip(views, augmented):
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(common, "average_gradients", stop)
+    drawn, taken, augmented = (watch(common, name) for name in ("pk_batches", "take", "augment"))
+    got = {term: watch(run.page, name) for term, name in LOSSES[run.page].items()}
+    with pytest.raises(KeyboardInterrupt):
+        run.page.main([*run.words, "--epochs", "9", "--resume",
+                       *(["--stage", "student"] if run.page is mskd else [])])
+    _, (index, views, terms) = run.seen["first_batch"][0]
+    assert (drawn[0][0][0] == run.e.labels).all() and torch.equal(taken[0][0][1], index)
+    for view, (_, batch) in zip(views, augmented, strict=True):
         torch.testing.assert_close(view, batch, atol=1e-6, rtol=0)
     for term, calls in got.items():
         expected = calls[0][1]
         names = (term,) if expected.ndim == 0 else (f"{term}_g", f"{term}_u", f"{term}_d")
         for name, value in zip(names, expected.flatten().tolist()):
             assert terms[name] == pytest.approx(value, abs=1e-6), name
-    text = (folder / "report.html").read_text()
     for name, value in terms.items():
-        assert f"{name} {value:.4f}" in text
+        assert f"{name} {value:.4f}" in run.text
 
 
-def test_what_is_drawn_of_an_image_is_what_the_loss_gets(run, monkeypatch):
-    """Each image of the lesson again, in float64 from features and definitions; KL, D and
-    cross-entropy are those that the page's loss has for it."""
-    page, folder, _ = run
-    seen = report_of(folder, monkeypatch)
-    (e, *_), _ = seen["find_labels"][0]
-    looks = seen[f"{page.__name__}_look"]
+def test_what_is_drawn_of_an_image_is_what_the_loss_gets(run):
+    """Each image of the lesson again, in float64 from features and definitions."""
+    page, e, looks = run.page, run.e, run.looks
     if page is ccsd:
         groups, parent, camera, table = ccsd.split_by_camera(e.labels, e.train.cams)
         for (_, features, i, w), (p, q, kl) in looks:
@@ -123,13 +99,6 @@ def test_what_is_drawn_of_an_image_is_what_the_loss_gets(run, monkeypatch):
             np.testing.assert_allclose(np.stack([p, q]), expected, atol=1e-5)
             p, q = expected[:, both]
             assert kl == pytest.approx((p * np.log(p / q)).sum(), abs=1e-4)
-        # the loss of all images is the mean of what is drawn for each
-        many = np.flatnonzero(e.labels >= 0)[:12]
-        sides = lesson.ccsd_sides(e, e.features, many)
-        _, _, valid = ccsd.teacher_and_student(*sides)
-        drawn = [np.mean([lesson.ccsd_look(e, e.features, i, w)[2] for w in np.flatnonzero(row)])
-                 for i, row in zip(many, valid.numpy()) if row.any()]
-        assert np.mean(drawn) == pytest.approx(float(ccsd.distillation_loss(*sides)), abs=1e-6)
     if page is mskd:
         for (_, f, t, i), (p, q, D) in looks:
             for v in range(3):
@@ -139,10 +108,6 @@ def test_what_is_drawn_of_an_image_is_what_the_loss_gets(run, monkeypatch):
                         other = e.train.cams[j] != e.train.cams[i]
                         expected = float(x[v, i] @ x[v, j]) if other else -1
                         assert near[v, j] == pytest.approx(expected, abs=1e-6)
-        (_, f, t, i), _ = looks[-1]
-        drawn = [lesson.mskd_look(e, f, t, i)[2] for i in range(9)]
-        np.testing.assert_allclose(np.mean(drawn, 0), mskd.distillation_losses(f[:, :9], t[:, :9]),
-                                   atol=1e-6)
     if page is sskd:
         for (_, (rows, slow_rows, means), student, copies, index), (p, q) in looks:
             batch = common.normalise(e.images[index])
@@ -158,44 +123,39 @@ def test_what_is_drawn_of_an_image_is_what_the_loss_gets(run, monkeypatch):
                 torch.testing.assert_close(drawn.double(), expected, atol=1e-5, rtol=0)
 
 
-def test_the_pictures_hold_these_numbers(run, monkeypatch):
-    page, folder, _ = run
-    seen = report_of(folder, monkeypatch)
-    found = read_page(folder / "report.html")
-    (e, c, *_), (rows, absent) = seen["cases"][0]
+def test_the_pictures_hold_these_numbers(run):
+    page, e, c, rows = run.page, run.e, run.c, run.rows
     assert 1 <= len(rows) <= 6 and len({c.image[row] for _, row in rows}) == len(rows)
     for title, row in rows:
         i = c.image[row]
-        assert f"{title}: person {e.train.pids[i]}, camera c{e.train.cams[i] + 1}" in found.text
+        assert f"{title}: person {e.train.pids[i]}, camera c{e.train.cams[i] + 1}" in run.text
         assert ("differ" in title) <= (c.teacher[row] != c.student[row])
         if "wrong, the teacher right" in title:
             assert c.t[row] and not c.label[row]
-    for title in absent:
-        assert title in found.text
-    looks = [x for x in seen[f"{page.__name__}_look"] if page is not sskd or len(x[0][-1]) == 1]
+    for title in run.absent:
+        assert title in run.text
+    looks = [x for x in run.looks if page is not sskd or len(x[0][-1]) == 1]
     assert len(looks) >= 2 * len(rows)
     for _, numbers in looks:
         if page is ccsd:
             p, q, kl = numbers
-            assert f"KL(p || q) = {kl:.3f}" in found.text
-            assert f"p {100 * p.max():.0f} %" in found.text
+            assert f"KL(p || q) = {kl:.3f}" in run.text
+            assert f"p {100 * p.max():.0f} %" in run.text
         if page is mskd:
-            assert all(f"D = {value:.3f}" in found.text for value in numbers[2])
-            assert f"t {numbers[0][0].max():.2f}" in found.text
+            assert all(f"D = {value:.3f}" in run.text for value in numbers[2])
+            assert f"t {numbers[0][0].max():.2f}" in run.text
         if page is sskd:
             p, q = numbers
-            assert f"p {100 * float(p.max()):.0f} %" in found.text
-            assert f"L_soft = {float(sskd.soft_label_loss(q.log(), p)):.3f}" in found.text
+            assert f"p {100 * float(p.max()):.0f} %" in run.text
+            assert f"L_soft = {float(sskd.soft_label_loss(q.log(), p)):.3f}" in run.text
     share = f"right are the label in {100 * c.label.mean():.1f} %, the teacher in " \
             f"{100 * c.t.mean():.1f} %, the student in {100 * c.s.mean():.1f} %"
-    assert share in found.text and f"All {len(c.image):,} " in found.text
+    assert share in run.text and f"All {len(c.image):,} " in run.text
 
 
-def test_choices_are_counted_as_by_the_program_that_watches_a_loss(run, monkeypatch):
+def test_choices_are_counted_as_by_the_program_that_watches_a_loss(run):
     """The label, teacher and student are right as often as loops over the definition say."""
-    page, folder, _ = run
-    seen = report_of(folder, monkeypatch)
-    (e, c, *_), _ = seen["cases"][0]
+    page, e, c = run.page, run.e, run.c
     pids, cams = e.train.pids, e.train.cams
     person = {k: np.bincount(pids[e.labels == k]).argmax() for k in range(e.labels.max() + 1)}
     assert (c.label == [person[e.labels[i]] == pids[i] for i in c.image]).all()
@@ -210,7 +170,7 @@ def test_choices_are_counted_as_by_the_program_that_watches_a_loss(run, monkeypa
                                            for v in (cams[i], w))))
         assert list(zip(c.image, c.other, c.teacher, c.student)) == wanted
     if page is mskd:
-        (_, f, t, _), _ = seen["mskd_look"][-1]
+        (_, f, t, _), _ = run.looks[-1]
         for i, teacher, student in zip(c.image, c.teacher, c.student):
             others = np.flatnonzero(cams != cams[i])
             for choice, x in ((teacher, t), (student, f)):
@@ -220,10 +180,8 @@ def test_choices_are_counted_as_by_the_program_that_watches_a_loss(run, monkeypa
         assert (c.s == [person[k] == pids[i] for i, k in zip(c.image, c.student)]).all()
 
 
-def test_neighbours_are_those_of_the_definition(run, monkeypatch):
-    page, folder, _ = run
-    seen = report_of(folder, monkeypatch)
-    (e, *_), _ = seen["find_labels"][0]
+def test_neighbours_are_those_of_the_definition(run):
+    e, seen = run.e, run.seen
     f, k1 = e.centred.double().numpy(), e.args.k1
     rank = slow.ranking(f @ f.T, k1)
     assert len(seen["neighbourhood"]) >= 2
@@ -236,25 +194,33 @@ def test_neighbours_are_those_of_the_definition(run, monkeypatch):
     for (_, i, j), (both, weight) in seen["shared_weight"]:
         assert 1 - weight.sum() / (2 - weight.sum()) == pytest.approx(expected[i, j], abs=1e-5)
         assert len(both) == len(set(both.tolist()))
-        assert f"is {expected[i, j]:.3f}" in (folder / "report.html").read_text()
+        assert f"is {expected[i, j]:.3f}" in run.text
 
 
+@only(ccsd)
 @pytest.mark.parametrize("refine", ["reassign", "recluster", "none"])
-def test_refinements(refine, tiny, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    ccsd.main(short(tiny, out, "--refine", refine, "--batch-size", "4"))
-    seen = report_of(out, monkeypatch)
-    (e, _), _ = seen["find_labels"][0]
-    text = read_page(out / "report.html").text
+def test_refinements(refine, run, tmp_path, monkeypatch, watch):
+    """As if the run had been with another --refine, and every seventh label were wrong."""
+    def mixed(n, labels):
+        return np.where(np.arange(len(labels)) % 7 + n, labels, 0)
+    change_clusters(mixed, monkeypatch)
+    state = common.load_checkpoint(str(run.folder / "last.pt"))
+    common.save_checkpoint(str(tmp_path / "last.pt"), **{**state, "refine": refine})
+    found = watch(lesson, "find_labels")
+    scoring.main([str(tmp_path), "--report"])
+    (e, _), _ = found[0]
+    text = read_page(tmp_path / "report.html").text
     assert (f"After --refine {refine}" in text) == (refine != "none")
-    if refine == "recluster":
-        assert ((e.labels >= 0) <= (e.found >= 0)).all()
+    features, cams = e.centred, e.train.cams
+    wanted = {"none": e.found, "reassign": ccsd.reassign(e.found, cams, features),
+              "recluster": ccsd.recluster(e.found, cams, e.distance, .8 * e.args.eps)}
+    assert (e.labels == wanted[refine]).all()
+    assert (e.labels == e.found).all() == (refine == "none")
 
 
 def test_without_ids_the_chapter_shows_all_but_who_is_right(run, monkeypatch, tmp_path):
-    page, folder, _ = run
     without_ids(monkeypatch)
-    scoring.main([str(folder), "--report", str(tmp_path / "r.html")])
+    scoring.main([str(run.folder), "--report", str(tmp_path / "r.html")])
     text = read_page(tmp_path / "r.html").text
     chapter = text.split("One epoch, step by step")[1].split("Curves by epoch")[0]
     for title in ("1 Features: three clusters", "Easy: ", "Hard: ", "eps", "3 A cluster",
@@ -264,26 +230,25 @@ def test_without_ids_the_chapter_shows_all_but_who_is_right(run, monkeypatch, tm
         assert known not in chapter, known
 
 
-def test_one_camera_leaves_nothing_to_teach_across(tiny, tmp_path):
-    folder = tmp_path / "own"
-    folder.mkdir()
-    for n, path in enumerate(sorted((tiny / "bounding_box_train").iterdir())):
-        shutil.copy(path, folder / f"shot{n}.jpg")
-    ccsd.main(short(folder, tmp_path / "a", "--epochs", "1"))
-    mskd.main(short(folder, tmp_path / "b", "--epochs", "1"))
-    for name, says in (("a", "No cluster is seen by two cameras"), ("b", "The student now, f")):
-        scoring.main([str(tmp_path / name), "--report"])
-        text = read_page(tmp_path / name / "report.html").text
-        assert says in text and "nan" not in text
+def test_one_camera_leaves_nothing_to_teach_across(run, monkeypatch, tmp_path, watch):
+    says = {ccsd: "No cluster is seen by two cameras", mskd: "The student now, f",
+            sskd: "teacher and student differ in"}[run.page]
+    looks = watch(lesson, f"{run.page.__name__}_look")
+    change_data(lambda train, *rest: (train._replace(cams=0 * train.cams), *rest), monkeypatch)
+    scoring.main([str(run.folder), "--report", str(tmp_path / "r.html")])
+    text = read_page(tmp_path / "r.html").text
+    assert says in text and "nan" not in text
+    assert all(values[0].max() > 0 for _, values in looks)         # there are candidates
 
 
-def test_a_teacher_and_a_lost_teacher_say_so(tiny, tmp_path):
+@only(mskd)
+def test_a_teacher_and_a_lost_teacher_say_so(run, tmp_path):
     out = tmp_path / "run"
-    mskd.main(short(tiny, out, "--epochs", "1"))
+    shutil.copytree(run.folder, out)
     scoring.main([str(out / "teacher"), "--report"])
     text = read_page(out / "teacher" / "report.html").text
     assert "is a teacher: it learned from labels alone" in text
-    (out / "teacher").rename(tmp_path / "elsewhere")
+    shutil.rmtree(out / "teacher")
     scoring.main([str(out), "--report"])
     text = read_page(out / "report.html").text
     assert "Left out: no teacher in" in text and "Loss terms" in text
