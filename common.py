@@ -39,7 +39,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -1475,7 +1474,6 @@ def load_into(module, state, what, unused=()):
 # ================================================================= D command line, seeds, devices
 
 COMMAND_LINE = []  # filled by run()
-STATE = {"LOCKS", "COMMAND_LINE"}  # no constants: they change
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("fp32", "bf16", "fp16")
 NO_NUMBER = {"out", "first_stage", "code", "root", "device", "eval_every", "resume", "on_collapse",
@@ -1590,9 +1588,6 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
                 if getattr(module, "SETTINGS", None) is settings)
     args.code = {os.path.basename(module.__file__): running_code(module)
                  for module in (page, sys.modules[__name__])}
-    if NOTEBOOK:
-        words = COMMAND_LINE if argv is None else argv
-        short_errors(vars(page), [str(word) for word in words])
     args.first_stage, args.out = folders_of(args, defaults, method, not_in_first_stage)
     if args.precision == "auto":  # a run goes on, and its stages are trained, in one precision
         found = [match[1] for folder in (args.out, args.first_stage)
@@ -1638,20 +1633,13 @@ def check_flags(args):
 
 def folders_of(args, defaults, method, not_in_first_stage):
     """-> the folders of the first stage and of the run: --out or, named after the flags, folders
-    that hold no run on other data or of other code."""
+    that hold no run of other code."""
     if args.out:
         return args.out, args.out
-    folders, notes = [], set()
-    for ignored in (not_in_first_stage, ()):
-        folder = run_folder(method, args, defaults, ignored)
-        folders.append(apart(folder, args.data))
-    going_on = args.resume and not has_finished(folders[1])
-    for i, folder in enumerate(folders):
-        folders[i], note = unedited(folder, args.code, going_on)
-        notes.add(note)
-    for note in sorted(notes - {""}):
-        say(note, sys.stderr)
-    return folders
+    first = run_folder(method, args, defaults, not_in_first_stage)
+    out = run_folder(method, args, defaults)
+    unedited = {folder: of_this_code(folder, args.code) for folder in dict.fromkeys((first, out))}
+    return unedited[first], unedited[out]
 
 
 def run_folder(method, args, defaults, ignored=()):
@@ -1674,102 +1662,61 @@ def run_folder(method, args, defaults, ignored=()):
     return os.path.join("runs", name)
 
 
-def has_finished(folder):
-    """Has the run in this folder, or the teacher below it, done all of its epochs?"""
-    paths = [os.path.join(folder, part, "log.jsonl") for part in ("", "teacher")]
-    text = next((read_text(path) for path in paths if os.path.exists(path)), "")
-    done = re.findall(r'"epoch": (\d+)', text)
-    planned = re.findall(r'"epochs": (\d+)', text)
-    return bool(done and planned) and done[-1] == planned[0]
-
-
 def running_code(module):
-    """-> a hash of the code that runs: of the module's file or, if functions or constants were
-    replaced in memory, or the file was edited and not loaded again, as happens in a notebook, of
-    what is in memory."""
+    """-> a hash of the code that runs: of the module's file and of what differs from it in memory,
+    where functions or constants were replaced, or the file was edited and not loaded again, as
+    happens in a notebook."""
     text = read_text(module.__file__)
-    file = in_file(module.__file__, text)
-    memory = described(vars(module), file if NOTEBOOK else ())
-    if {**file, **memory} != file:
-        name = os.path.basename(module.__file__)
-        say(f"note: {name} in memory differs from the file (edited after its import, or changed "
-            "here); memory is what runs. To run the file: importlib.reload, or a new kernel",
-            sys.stderr)
-        text = repr(sorted(memory.items()))
+    differs = []
+    for name, in_file in described_file(module.__file__, text).items():
+        value = getattr(module, name, None)
+        own = getattr(value, "__module__", "") in (module.__name__, "__main__")
+        if (own or NOTEBOOK or name.isupper()) and described(value) != in_file:
+            differs.append((name, described(value)))
+    if differs:
+        say(f"note: {os.path.basename(module.__file__)} in memory differs from the file (edited "
+            "after its import, or changed here); memory is what runs. To run the file: "
+            "importlib.reload, or a new kernel", sys.stderr)
+        text += str(differs)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @functools.lru_cache
-def in_file(path, text):
-    """-> described() of a module's file with this text; {} if it was saved in the middle of an
-    edit."""
+def described_file(path, text):
+    """-> name -> described() of the functions, classes and constants of a module's file with this
+    text; {} if it was saved in the middle of an edit."""
     try:
-        return described(runpy.run_path(path, run_name="file"))
+        found = runpy.run_path(path, run_name="file")
     except Exception:
         return {}
+    return {name: described(value) for name, value in found.items() if name != "LOCKS" and (
+        getattr(value, "__module__", "") == "file"
+        or name.isupper() and isinstance(value, (int, float, str, tuple, dict)))}
 
 
-def described(namespace, names=()):
-    """-> dict of what a module's own functions, classes and constants do, as text, and of what
-    stands for `names` now, though it is not its own."""
-    own, found = ("file", "__main__", namespace["__name__"]), {}
-
-    def code(function):
-        chain = []  # a function and what it is wrapped around
-        chain.append(inspect.unwrap(function, stop=chain.append))
-        parts = [x.__code__ for x in chain if hasattr(x, "__code__")]
-        for part in parts:  # functions within functions too
-            parts += [x for x in part.co_consts if inspect.iscode(x)]
-        constants = [[sorted(map(repr, x)) if isinstance(x, frozenset) else x
-                      for x in part.co_consts if not inspect.iscode(x)] for part in parts]
-        cells = [x.cell_contents for x in chain[-1].__closure__ or ()]
-        cells = [x for x in cells if isinstance(x, (int, float, str, tuple))  # lists may grow
-                 or inspect.isfunction(x) and x not in chain]
-        return repr([chain[-1].__defaults__, chain[-1].__kwdefaults__, constants,
-                     [content(x) for x in cells],
-                     *((part.co_code, part.co_names, part.co_varnames) for part in parts)])
-
-    def content(value):
-        if isinstance(value, dict):
-            return {key: content(x) for key, x in value.items()}
-        if isinstance(value, tuple):
-            return [content(x) for x in value]
-        if isinstance(value, functools.partial):
-            return content((value.func, value.args, value.keywords))
-        value = value.__func__ if isinstance(value, staticmethod) else value
-        if inspect.isclass(value):
-            return [content(x) for x in vars(value).values()
-                    if isinstance(x, staticmethod) or inspect.isfunction(x)]
-        return code(value) if hasattr(inspect.unwrap(value), "__code__") else value
-    for name, value in namespace.items():
-        if name in names or getattr(value, "__module__", "") in own and callable(value) or (
-                name.isupper() and isinstance(value, (int, float, str, tuple, dict))):
-            found[name] = repr(content(value))  # a function's own repr holds an address
-    return {name: text for name, text in found.items() if name not in STATE}
-
-
-def short_errors(page, words):
-    """In a notebook: one line for a Problem and for an interrupt, as in a terminal."""
-    shell = sys.modules["IPython"].get_ipython()
-
-    def show(shell, kind, error, trace, **_):
-        frames = [frame.f_globals for frame, _ in traceback.walk_tb(trace)]
-        if not any(frame is page for frame in frames):
-            shell.showtraceback((kind, error, trace))
-        elif kind is Problem:
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            again = [word for word in words if word != "--resume"] + ["--resume"]
-            print(f"\ninterrupted, finished epochs are kept; go on with: main({again})",
-                  file=sys.stderr)
-    shell.set_custom_exc((Problem, KeyboardInterrupt), show)
-
-
-def apart(folder, data):
-    """-> the folder or, if it holds a run on another --data that ends alike, one beside it."""
-    found = in_logs(folder, r'"data": ("(?:[^"\\]|\\.)*")')
-    taken = found and json.loads(found[0][1]) != data
-    return f"{folder}-{hashlib.sha256(data.encode()).hexdigest()[:6]}" if taken else folder
+def described(value):
+    """-> text that tells what a function or class does, or what a constant is. Other things have
+    their address in it: better a new run than an old result."""
+    if not inspect.isfunction(value):
+        value = getattr(value, "__wrapped__", value)  # of functools.cache, staticmethod
+    if isinstance(value, dict):
+        value = tuple(value.items())
+    if isinstance(value, tuple):
+        return str([described(part) for part in value])
+    if isinstance(value, frozenset):
+        return str(sorted(map(repr, value)))
+    if inspect.isclass(value):
+        return str([described(part) for part in vars(value).values()
+                    if inspect.isfunction(part) or isinstance(part, staticmethod)])
+    if inspect.isfunction(value):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        cells = [x for x in cells if isinstance(x, (int, float, str, tuple))
+                 or inspect.isfunction(x)]
+        return str([described(value.__code__), value.__defaults__, value.__kwdefaults__,
+                    described(tuple(cells))])
+    if inspect.iscode(value):
+        return str([value.co_code, value.co_names, value.co_varnames, described(value.co_consts)])
+    return repr(value)
 
 
 def in_logs(folder, pattern):
@@ -1779,20 +1726,19 @@ def in_logs(folder, pattern):
     return [match for match in found if match]
 
 
-def unedited(folder, code, going_on):
-    """-> the folder and "" or, if it holds a run of other source code than `code`: another folder
-    and a note. A run that goes on stays where it is; Log warns."""
+def of_this_code(folder, code):
+    """-> the folder or, if it holds a run of other source code than `code`, another one."""
     found = in_logs(folder, r'"code": (\{[^}]*\})')
     edited = []
     for file, mark in code.items():
         if any(mark not in match[1] for match in found):
             edited.append(file)
-    marks = "".join(mark[:3] for mark in code.values())
-    other = f"{folder}-{marks}"
-    if not edited or going_on and not os.path.isdir(other):
-        return folder, ""
-    return other, (f"{' and '.join(edited)} edited since the run in {folder}: "
-                   f"this one is in {other}")
+    if not edited:
+        return folder
+    other = f"{folder}-{''.join(mark[:3] for mark in code.values())}"
+    say(f"{' and '.join(edited)} edited since the run in {folder}: this one is in {other}",
+        sys.stderr)
+    return other
 
 
 OUT_OF_MEMORY = "(?i)" + "|".join((  # what torch says, and what its libraries say instead

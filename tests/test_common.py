@@ -175,7 +175,7 @@ def test_whatever_stands_for_a_function_names_a_run(monkeypatch):
             return factor * old(*args) ** _power
         return loss
     for other in (functools.partial(old, temp=1), F.kl_div, nn.KLDivLoss(), times(2),
-                  times(3), times(3, power=2), functools.wraps(old)(times(2))):
+                  times(3), times(3, power=2), functools.wraps(old)(times(4))):
         monkeypatch.setattr(ccsd, "distillation_loss", other)
         marks.append(common.running_code(ccsd))
     monkeypatch.setattr(ccsd, "distillation_loss", old)
