@@ -127,23 +127,13 @@ def test_resume_over_edited_code_warns_and_another_out_is_never_mixed(copy, tmp_
     assert done.returncode == 2 and "mine" in done.stderr and "--out" in done.stderr
 
 
-def test_resume_after_an_edit_goes_on_with_a_stopped_run_only(copy, tmp_path):
-    copy("ccsd.py", "--epochs", "2")
+def test_resume_after_an_edit_starts_anew_in_another_folder(copy, tmp_path):
+    copy("ccsd.py")
     (base,) = folders(tmp_path)
     edit(tmp_path / "ccsd.py", "args.base * L_base +", "2 * args.base * L_base +")
-    state = common.load_checkpoint(str(tmp_path / "runs" / base / "last.pt"))
-    stopped = tmp_path / "runs" / base.replace("epochs2", "epochs3")
-    shutil.copytree(tmp_path / "runs" / base, stopped)             # as if the third were missing
-    head, *lines = state["lines"]
-    state.update(epochs=3, lines=[head.replace('"epochs": 2', '"epochs": 3'), *lines])
-    common.save_checkpoint(str(stopped / "last.pt"), **state)
-    (stopped / "log.jsonl").write_text("".join(state["lines"]))
-    done = copy("ccsd.py", "--epochs", "3", "--resume")
-    assert folders(tmp_path) == sorted([base, stopped.name])
-    assert "edited since this run began" in done.stderr and "epoch 3/3" in done.stdout
-    done = copy("ccsd.py", "--epochs", "2", "--resume")            # its score would be the old one
-    (new,) = set(folders(tmp_path)) - {base, stopped.name}
-    assert new.startswith(base + "-") and new in done.stderr and "epoch 1/2" in done.stdout
+    done = copy("ccsd.py", "--resume")                             # the old score is not its own
+    (new,) = set(folders(tmp_path)) - {base}
+    assert new.startswith(base + "-") and new in done.stderr and "epoch 1/1" in done.stdout
 
 
 def test_a_teacher_serves_every_student_until_the_page_is_edited(copy, tmp_path):
@@ -183,17 +173,14 @@ def test_flags_of_other_kinds_have_folders_too():
     assert len(names) == 8
 
 
-def test_own_folders_do_not_share_a_run_folder(tmp_path, monkeypatch):
+def test_two_data_sets_of_one_name_do_not_share_a_run(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = ["--data a/images", "--data b/images", "--data a/images --weights none",
-             "--data a/images --weights x.pth", "--data a/images:source"]
-    outs = []
-    for words in flags * 2:
-        args = ccsd.get_args(words.split())
-        outs.append(args.out)
-        common.Log(args.out, "cpu", args).file.close()
-        (tmp_path / args.out / "log.jsonl").write_text(common.header("cpu", vars(args)))
-    assert len(set(outs)) == len(flags) and outs[:5] == outs[5:]
+    for folder in "ab":
+        os.makedirs(folder)
+        os.symlink(tiny, f"{folder}/images")
+    ccsd.main(["--data", "a/images", *FEW])
+    line = refusal(lambda: ccsd.main(["--data", "b/images", *FEW]), capsys)
+    assert "--data a/images, now b/images" in line and "another --out" in line
 
 
 def test_long_names_of_folders_differ_to_the_last_flag():
