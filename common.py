@@ -22,7 +22,6 @@ import argparse
 import collections
 import contextlib
 import csv
-import difflib
 import errno
 import functools
 import hashlib
@@ -1021,18 +1020,11 @@ def find_and_read(name, root, draw):
                               "training images alone are enough to train without scores)")
         if os.path.isfile(os.path.join(folder, "list_train.txt")):
             return folder, read_msmt_lists(folder)
-    if os.path.isfile(name):
-        raise Problem(f"--data {name} is a file (unpack it if it is an archive, then name its "
-                      "folder)")
-    found = next(filter(None, map(lies_below, folders)), None)
-    if found:
-        raise Problem(f"data set {name!r} not found in {', '.join(folders)}, but {found} looks "
-                      f"like it (say --data {found}, or move it up)")
     if name not in DATASETS and os.path.isdir(name):
         return name, [read_own(name), [], []]
-    close = difflib.get_close_matches(name.lower(), DATASETS, 1)
-    remedy = "put it there, or say --root" if name in DATASETS else "".join(
-        f"did you mean {x}? " for x in close) + f"name a folder or one of {', '.join(DATASETS)}"
+    remedy = "put it there, or say --root"
+    if name not in DATASETS:
+        remedy = f"unpack archives, and name a folder or one of {', '.join(DATASETS)}"
     raise Problem(f"data set {name!r} not found: no folder with {', '.join(TRIPLES[0])} in "
                   f"{', '.join(folders)} ({remedy})")
 
@@ -1054,16 +1046,6 @@ def list_folder(folder):
             and name not in ("Thumbs.db", "desktop.ini", "__MACOSX")]
 
 
-def lies_below(folder, levels=3):
-    """-> a folder at most so many levels below that holds the training part of a data set."""
-    names = list_folder(folder) if os.path.isdir(folder) else []
-    if any(name in ("list_train.txt", *(parts[0] for parts in TRIPLES)) for name in names):
-        return folder
-    below = (os.path.join(folder, name) for name in names if not is_image(name))
-    return next(filter(None, (lies_below(path, levels - 1) for path in below)), None
-                ) if levels else None
-
-
 def is_image(name):
     return name.lower().endswith(SUFFIXES)
 
@@ -1072,20 +1054,16 @@ def read_folder(home, part):
     """-> list of (path, person, camera), sorted by name; every file name must parse."""
     rows, wrong, folder = [], [], os.path.join(home, part)
     for name in list_folder(folder):
-        match = re.match(r"(?i)(-?\d{1,9})_c(\d{1,9})(?!\d)", name)
+        match = re.match(r"(?i)(-1|\d{1,9})_c(\d{1,9})(?!\d)", name)
         if match and is_image(name):
             rows.append((os.path.join(folder, name), int(match[1]), int(match[2])))
         else:
             wrong.append(name)
-    inner = [name for name in wrong if os.path.isdir(os.path.join(folder, name))]
-    if inner:
-        images = sum(map(is_image, list_folder(os.path.join(folder, inner[0]))))
-        raise Problem(f"{folder} holds {len(inner)} folders, the first, {inner[0]}, with {images} "
-                      "images (move the images up, or the folder away)")
     if wrong:
-        raise Problem(f"{folder}: {len(wrong)} files are not named <person>_c<camera>...jpg (png, "
-                      f"bmp, webp, tif), the first: {', '.join(wrong[:5])} (rename or move them)")
-    check_files(rows)
+        raise Problem(f"{folder}: {len(wrong)} files or folders are not named <person>_c<camera>"
+                      f"...jpg (png, bmp, webp, tif), the first: {', '.join(wrong[:5])} (rename or "
+                      "move them)")
+    check_files([path for path, _, _ in rows])
     return rows
 
 
@@ -1104,52 +1082,44 @@ def read_own(home):
     for other trees, and where folders and file names contradict each other.
     """
     files = list_tree(home)
-    images = [(parts, name) for parts, name in files if is_image(name)]
-    others = [os.path.join(*parts, name) for parts, name in files if not is_image(name)]
-    kinds = sorted({os.path.splitext(name)[1] or "no ending" for name in others})
-    left_out = (f"{len(others)} files ({', '.join(kinds)}; the first: {others[0]}) are no JPEG, "
-                "PNG, BMP, WebP or TIFF" if others else "")
+    images = [parts for parts in files if is_image(parts[-1])]
+    others = [os.path.join(*parts) for parts in files if not is_image(parts[-1])]
+    left_out = f"{len(others)} files that are no JPEG, PNG, BMP, WebP or TIFF" + (
+        f", the first: {others[0]}" if others else "")
     if not images:
-        raise Problem(f"{home} holds neither {', '.join(TRIPLES[0])} nor images"
-                      + (f"; {left_out} (convert them, unpack archives" if others else
-                         " (name another folder") + f", or {LAY_OUT})")
-    person_folder, camera_folder = read_levels(home, images)
-    rows = []
-    for parts, name in images:
-        person = re.match(r"(?i)(-?\d{1,9})_c\d", name)
-        camera = re.search(r"(?i)(?:^|_)c(?:am)?(\d{1,9})(?!\d)", name)
-        rows.append(dict(
-            path=os.path.join(home, *parts, name),
-            person=person and int(person[1]), camera=camera and int(camera[1]),
-            person_folder=None if person_folder is None else parts[person_folder],
-            camera_folder=None if camera_folder is None else parts[camera_folder]))
-    check_files([(row["path"],) for row in rows])
-    check_names(rows)
-    people = numbers_of(rows, "person")
-    cameras = numbers_of(rows, "camera")
-    say(f"{home}: {len(rows)} images, such as {os.path.relpath(rows[0]['path'], home)}: "
-        + understood(rows, "person", people) + ", " + understood(rows, "camera", cameras)
-        + "; no person ids, so nothing is scored" * (people is None)
-        + "; no cameras, so all images count as one camera's" * (cameras is None), sys.stderr)
+        raise Problem(f"{home} holds neither {', '.join(TRIPLES[0])} nor images, but {left_out} "
+                      f"(convert them, unpack archives, or {LAY_OUT})")
     if others:
         say(f"warning: {home}: left out: {left_out}", sys.stderr)
-    people = people or [None] * len(rows)
-    cameras = cameras or [0] * len(rows)
-    return [(row["path"], *both) for row, *both in zip(rows, people, cameras)]
+    paths = [os.path.join(home, *parts) for parts in images]
+    check_files(paths)
+    person_folders, camera_folders = read_levels(home, images)
+    people = numbers_in_names(images, r"(?i)^(-1|\d{1,9})_c\d")
+    cameras = numbers_in_names(images, r"(?i)(?:^|_)c(?:am)?(\d{1,9})(?!\d)")
+    check_names(paths, person_folders, camera_folders, people, cameras)
+    people, of_whom = known("person", people, person_folders, "no person ids: nothing is scored")
+    cameras, by_which = known("camera", cameras, camera_folders, "no cameras: all count as one")
+    say(f"{home}: {len(paths)} images, such as {os.path.join(*images[0])}: {of_whom}, {by_which}",
+        sys.stderr)
+    if people is person_folders and people:
+        people = (1 + np.unique(people, return_inverse=True)[1]).tolist()
+    people = people or [None] * len(paths)
+    cameras = cameras or [0] * len(paths)
+    return list(zip(paths, people, cameras))
 
 
-def list_tree(home, parts=(), levels=4):
-    """-> list of (folders below home, name) of all files, sorted. Raises Problem for more levels:
-    a link that leads back to a folder above it has no end."""
-    files, folder = [], os.path.join(home, *parts)
-    if levels < 0:
+def list_tree(home, above=()):
+    """-> list of (folders below home ..., name) of all files, sorted. Raises Problem where folders
+    lie too deep: a link that leads back to a folder above it has no end."""
+    files, folder = [], os.path.join(home, *above)
+    if len(above) > 4:
         raise Problem(f"{folder}: folders lie too deep, or a link leads back (name a folder nearer "
                       f"to the images, or remove the link; {LAY_OUT})")
     for name in list_folder(folder):
         if not is_image(name) and os.path.isdir(os.path.join(folder, name)):
-            files += list_tree(home, (*parts, name), levels - 1)
+            files += list_tree(home, (*above, name))
         else:
-            files.append((parts, name))
+            files.append((*above, name))
     return files
 
 
@@ -1163,8 +1133,9 @@ def is_camera(folder):
 
 
 def read_levels(home, images):
-    """-> at which level of folders people and cameras are, None: at none. Raises Problem."""
-    folders = sorted({parts for parts, _ in images})
+    """-> for every image its folder of a person, and that of a camera; None: there are no such
+    folders. images: (folders below home ..., name). Raises Problem."""
+    folders = sorted({parts[:-1] for parts in images}, key=lambda parts: (len(parts), parts))
     where = [os.path.join(home, *parts) for parts in folders]
     for parts in folders:
         for level, name in enumerate(parts):
@@ -1172,87 +1143,77 @@ def read_levels(home, images):
                 part = os.path.join(home, *parts[:level + 1])
                 raise Problem(
                     f"{part} is called like a part of a data set and not like a camera or a person "
-                    f"(to train on it alone: --data {part}; for scores too, call the parts "
-                    f"{', '.join(TRIPLES[0])} and their files 0002_c1_7.jpg: person, camera)")
-    depths = sorted({len(parts) for parts in folders})
-    if len(depths) > 1:
-        odd = where[[len(parts) for parts in folders].index(depths[0])]
-        raise Problem(f"{home} holds images in {odd} beside those in "
-                      f"{next(x for x, parts in zip(where, folders) if len(parts) > depths[0])} "
-                      f"({LAY_OUT})")
-    if depths[0] > 2:
-        raise Problem(f"{home}: its {len(images)} images lie {depths[0]} folders deep, the first "
-                      f"in {where[0]} (name a folder nearer to them, or {LAY_OUT})")
-    levels = [sorted({parts[level] for parts in folders}) for level in range(depths[0])]
-    cameras = [sum(map(is_camera, names)) for names in levels]
-    for level, names in enumerate(levels):
-        if 0 < cameras[level] < len(names):
-            odd = next(x for x, parts in zip(where, folders) if not is_camera(parts[level]))
-            raise Problem(f"{home} holds images in {odd} beside those in folders such as "
+                    f"(to train on it alone: --data {part}; for scores too, name the folder of "
+                    f"{', '.join(TRIPLES[0])}, with files such as 0002_c1_7.jpg: person, camera)")
+    depth = len(folders[-1])
+    if len(folders[0]) < depth:
+        raise Problem(f"{home} holds images in {where[0]} beside those in {where[-1]} ({LAY_OUT})")
+    if depth > 2:
+        raise Problem(f"{home}: its images lie {depth} folders deep, the first in {where[0]} (name "
+                      f"a folder nearer to them, or {LAY_OUT})")
+    people, cameras = [], []
+    for level in range(depth):
+        names = [parts[level] for parts in images]
+        others = [x for x, parts in zip(where, folders) if not is_camera(parts[level])]
+        if not others:
+            cameras.append(names)
+        elif any(map(is_camera, names)):
+            raise Problem(f"{home} holds images in {others[0]} beside those in folders such as "
                           f"{next(filter(is_camera, names))} ({LAY_OUT})")
-    people = [level for level, number in enumerate(cameras) if not number
-              and (level or len(levels[0]) > 1)]  # one folder around all images is no person
-    if len(people) == 2 or len(levels) == 2 and all(cameras):
+        elif level or len({*names}) > 1:  # one folder around all images is no person
+            people.append(names)
+    if max(len(people), len(cameras)) > 1:
         raise Problem(f"{home}: which level of {where[0]} is the camera and which the person is "
                       f"not to be seen ({LAY_OUT})")
-    return (people or [None])[0], next((x for x, number in enumerate(cameras) if number), None)
+    return (people or [None])[0], (cameras or [None])[0]
 
 
-def check_names(rows):
+def numbers_in_names(images, pattern):
+    """-> the number that the pattern finds in each image's name, or None."""
+    found = [re.search(pattern, parts[-1]) for parts in images]
+    return [match and int(match[1]) for match in found]
+
+
+def check_names(paths, person_folders, camera_folders, people, cameras):
     """Raises Problem where folders and file names of read_own() contradict each other."""
-    def one_to_one(a, b):
-        pairs = {(row[a], row[b]): row for row in rows if None not in (row[a], row[b])}
+    for kind, folders, numbers in (("person", person_folders, people),
+                                   ("camera", camera_folders, cameras)):
+        pair = clash(folders, numbers)
+        if pair:
+            raise Problem(f"{paths[pair[0]]} and {paths[pair[1]]}: the folders are no {kind}s, if "
+                          f"the file names are right (rename one of them: {LAY_OUT})")
+    for path, folder, camera in zip(paths, camera_folders or (), cameras):
+        number = re.search(r"\d+", folder)
+        if camera is not None and number and int(number[0]) != camera:
+            raise Problem(f"{path}: camera {number[0]} by the folder, {camera} by the file name "
+                          "(rename one of them)")
+    several = len({*(person_folders or ())}) > 1
+    if several and None not in cameras and not clash(person_folders, cameras):
+        raise Problem(f"{paths[0]}: every folder holds the images of one camera, by the file "
+                      "names, so folders look like cameras and not like people (call them cam1, "
+                      "cam2, or take the cameras out of the file names)")
+
+
+def clash(folders, numbers):
+    """-> two images of one folder with different numbers, or the other way round; or None."""
+    first = {}
+    for i, pair in enumerate(zip(folders or (), numbers)):
         for side in (0, 1):
-            first = {}
-            for pair, row in pairs.items():
-                other = first.setdefault(pair[side], row)
-                if other is not row:
-                    return other, row
-        return None
-    for kind in ("person", "camera"):
-        clash = one_to_one(f"{kind}_folder", kind)
-        if clash:
-            raise Problem(f"{clash[0]['path']} and {clash[1]['path']}: the folders are no {kind}s, "
-                          f"if the file names are right, {kind} {clash[0][kind]} and "
-                          f"{clash[1][kind]} (rename one of them: {LAY_OUT})")
-    for row in rows:
-        number = re.findall(r"\d+", row["camera_folder"] or "")
-        if row["camera"] is not None and number and int(number[0]) != row["camera"]:
-            raise Problem(f"{row['path']}: camera {number[0]} by the folder, {row['camera']} by "
-                          "the file name (rename one of them)")
-    folders = {row["person_folder"] for row in rows} - {None}
-    if len(folders) > 1 and all(row["camera"] is not None for row in rows) and not one_to_one(
-            "person_folder", "camera"):
-        raise Problem(f"{rows[0]['path']}: every folder holds the images of one camera, by the "
-                      "file names, so folders look like cameras and not like people (call them "
-                      "cam1, cam2, or take the cameras out of the file names)")
+            j, other = first.setdefault((side, pair[side]), (i, pair))
+            if other != pair and None not in other + pair:
+                return j, i
+    return None
 
 
-def numbers_of(rows, kind):
-    """-> the person or camera of every row, from its file name or else its folder, or None. Folders
-    of cameras keep their numbers or names, those of people are counted from 1."""
-    named = [row[kind] for row in rows]
-    if None not in named:
-        return named
-    folders = [row[f"{kind}_folder"] for row in rows]
-    if None in folders:
-        return None
-    found = {folder: re.findall(r"\d+", folder) for folder in folders}
-    numbers = {int(digits[0]) for digits in found.values() if len(digits) == 1}
-    if kind == "camera":
-        return [int(found[x][0]) if len(numbers) == len(found) else x for x in folders]
-    order = sorted(found)
-    return [1 + order.index(folder) for folder in folders]
-
-
-def understood(rows, kind, numbers):
-    """-> in words, where the first image's person or camera comes from."""
-    first, named = rows[0], sum(row[kind] is not None for row in rows)
-    if numbers is None:
-        return f"no {kind}" + f" (only {named} of {len(rows)} file names give one)" * bool(named)
-    if named == len(rows):
-        return f"{kind} {first[kind]} from its name"
-    return f"{kind} {first[kind + '_folder']} from its folder"
+def known(kind, numbers, folders, lack):
+    """-> the person or camera of every image, its number in the names or else its folder, or None;
+    and in words where the first image's comes from."""
+    if None not in numbers:
+        return numbers, f"{kind} {numbers[0]} from its name"
+    if folders:
+        return folders, f"{kind} {folders[0]} from its folder"
+    given = len(numbers) - numbers.count(None)
+    return None, f"{lack} ({given} of {len(numbers)} names give one)"
 
 
 def read_msmt_lists(folder):
@@ -1269,7 +1230,7 @@ def read_msmt_lists(folder):
                 raise Problem(f"{listing}: {line[:80]!r} does not read like "
                               "0000/0000_045_12_0303morning_0006_2.jpg 0 (correct the list)")
             rows.append((os.path.join(folder, part, match[1]), int(match[3]), int(match[2])))
-        check_files(rows)
+        check_files([path for path, _, _ in rows])
         return rows
     train = ("train", "mask_train_v2")
     test = ("test", "mask_test_v2")
@@ -1286,13 +1247,12 @@ def read_text(path):
         raise Problem(f"{path} cannot be read: {error} (copy it again)") from error
 
 
-def check_files(rows):
+def check_files(paths):
     """Raises Problem for paths that are no file nor a link to one: a pipe, a folder, a loop."""
-    bad = [path for path, *_ in rows if not os.path.isfile(path)]
+    bad = [path for path in paths if not os.path.isfile(path)]
     if bad:
-        raise Problem(f"{len(bad)} of {len(rows)} images cannot be read: not a file: "
-                      f"{', '.join(bad[:5])}{' ...' * (len(bad) > 5)} (remove them or copy them "
-                      "again)")
+        raise Problem(f"{len(bad)} of {len(paths)} images cannot be read: not a file: "
+                      f"{', '.join(bad[:5])} (remove them or copy them again)")
 
 
 def take_half(rows, half):
@@ -1331,21 +1291,14 @@ def take_few(rows, people=12, images=200):
 
 def check_rows(name, folder, rows, at_least):
     """Warn if counts differ from the published ones; raise Problem for unusable splits."""
-    _, counts = DATASETS.get(name, ([], ()))
+    _, published = DATASETS.get(name, ([], ()))
     train, query, gallery = rows
-    scored = bool(query or gallery)
-    for kind, split, count in zip(KINDS, rows, counts or (None,) * 3):
-        if not split and (kind == "train" or scored):
+    for kind, split, count in zip(KINDS, rows, published or (None,) * 3):
+        if not split and (kind == "train" or query or gallery):
             raise Problem(f"{folder}: the {kind} split holds no images (is the download complete?)")
-        people = {person for _, person, _ in split} - {None}
-        if any(not 0 <= person < 10**9 for person in people):
-            raise Problem(f"{folder}: a person in {kind} is below -1 or above 999,999,999 (rename)")
         if count not in (None, len(split)):
             say(f"warning: {name} {kind}: {len(split):,} images in {folder}, {count:,} published",
                 sys.stderr)
-    asked = {person for _, person, _ in query}
-    if scored and not asked.intersection(person for _, person, _ in gallery):
-        raise Problem(f"{folder}: nobody in the query split is in the gallery (check both folders)")
     if len(train) < at_least:
         raise Problem(f"{folder}: {len(train)} training images are fewer than a batch of "
                       f"{at_least} (lower --batch-size)")
