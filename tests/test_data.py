@@ -107,14 +107,6 @@ def test_numbers_that_are_no_people(tmp_path, name):
         common.load(str(tmp_path))
 
 
-def test_query_without_gallery(tmp_path):
-    market(tmp_path)
-    os.rename(tmp_path / "bounding_box_test" / "0001_c5s1_1.jpg",
-              tmp_path / "bounding_box_test" / "0009_c5s1_1.jpg")
-    with pytest.raises(common.Problem, match="nobody in the query split is in the gallery"):
-        common.load(str(tmp_path))
-
-
 def test_missing_and_empty(tmp_path):
     with pytest.raises(common.Problem) as problem:
         common.load("market1501", str(tmp_path))
