@@ -48,7 +48,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.sparse import csr_array, vstack
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -853,45 +853,32 @@ def place(images, device):
 
 
 def check_memory(n, height, width):
-    """Say how much main memory n images will take, if it matters. Raises Problem if that is more
-    than is free, which only Linux tells; each rank keeps all images."""
+    """Raises Problem if n images take more main memory than is free, which only Linux tells. Each
+    rank keeps all images."""
     need = LOCAL * n * 3 * height * width / 1e9
-    text = read_text(MEMINFO) if os.path.exists(MEMINFO) else ""
-    found = re.search(r"MemAvailable: *(\d+)", text)
+    found = re.search(r"MemAvailable: *(\d+)", read_text(MEMINFO)) if os.path.exists(MEMINFO) else 0
     free = int(found[1]) * 1024 / 1e9 if found else math.inf
-    text = (f"{n:,} images of {height} x {width} take {need:.1f} GB of main memory"
-            + f" in {LOCAL} processes" * (LOCAL > 1) + f", {free:.1f} are free" * (free < math.inf))
     if need > free:
-        raise Problem(f"{text} (lower --size or close other programs)")
-    if need > .1:
-        say(text, sys.stderr)
+        raise Problem(f"{n:,} images of {height} x {width} take {need:.1f} GB of main memory, "
+                      f"{free:.1f} are free (lower --size or close other programs)")
 
 
 def read_ahead(paths, parts, height, width):
     """Yield the images of the files, (b, 3, H, W) uint8, in so many parts of nearly equal size.
-    Threads decode the next two parts while the caller works on one. Raises Problem that names files
-    that are no images, after all of them were tried."""
-    def read(path):
-        try:
-            return read_image(path, height, width)
-        except Problem as problem:
-            return problem
-    pool = ThreadPoolExecutor()
-    ahead, problems = collections.deque(), []
-    try:
+    Threads decode the next two parts while the caller works on one. Raises Problem that names the
+    files of a part that are no images."""
+    ahead = collections.deque()
+    with ThreadPoolExecutor() as pool:
         for part in [*np.array_split(np.arange(len(paths)), parts), (), ()]:
-            ahead.append([pool.submit(read, paths[i]) for i in part])
+            ahead.append([pool.submit(read_image, paths[i], height, width) for i in part])
             if len(ahead) > 2:
-                images = [file.result() for file in ahead.popleft()]
-                problems += [str(image) for image in images if isinstance(image, Problem)]
-                if images and not problems:
-                    yield torch.stack(images)
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
-    if problems:
-        more = f" ... and {len(problems) - 5} more" * (len(problems) > 5)
-        raise Problem(f"{len(problems)} of {len(paths)} images are no good: "
-                      f"{'; '.join(problems[:5])}{more} (remove these files or copy them again)")
+                files = ahead.popleft()
+                bad = [str(file.exception()) for file in files if file.exception()]
+                if bad:
+                    raise Problem(f"{len(bad)} images are no good: {'; '.join(bad[:5])} (remove "
+                                  "these files or copy them again)")
+                if files:
+                    yield torch.stack([file.result() for file in files])
 
 
 def send(tensor, device):
@@ -1305,69 +1292,22 @@ def check_rows(name, folder, rows, at_least):
 
 
 def open_image(path):
-    """-> a decoded RGB image, turned as its EXIF orientation says. Transparent pixels become white,
-    16 bits a pixel become 8. Raises Problem for a file that is no image, far too large, or of
-    another mode."""
+    """-> a decoded RGB image, turned as its EXIF orientation says; transparent pixels become white.
+    Raises Problem for a file that is no image, far too large, or has more than 8 bits a channel."""
     try:
         with Image.open(path, formats=FORMATS) as picture:  # others may start programs
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels is no pedestrian crop")
-            picture.load()
-            return to_rgb(upright(picture), picture.format)
+            if picture.mode[0] in "IF":  # Pillow would cut off what is above 255
+                raise ValueError(f"mode {picture.mode}; convert it to 8 bits a channel")
+            picture = ImageOps.exif_transpose(picture)
+            if "transparency" in picture.info or picture.mode[-1] in "Aa":
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            return picture.convert("RGB")
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise Problem(f"{path}: cannot be read as an image ({what_is(path) or error})") from error
-
-
-def upright(picture):
-    """A decoded Pillow image -> the same, turned and mirrored as its EXIF orientation says."""
-    try:
-        orientation = picture.getexif().get(0x0112)
-    except Exception:  # a damaged EXIF block does not spoil the picture
-        orientation = None
-    turn = Image.Transpose
-    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM,
-             5: turn.TRANSPOSE, 6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}
-    return picture.transpose(turns[orientation]) if orientation in turns else picture
-
-
-def to_rgb(picture, form):
-    """A Pillow image of any mode, read from a file of format `form` -> an RGB image that looks as
-    in a viewer. Raises ValueError for modes whose range of values is not known."""
-    if picture.mode.startswith("I;16") or (picture.mode, form) == ("I", "PNG"):
-        grey = np.asarray(picture).astype(np.float32) / 257  # 65535 -> 255
-        grey[grey == picture.info.get("transparency", -1) / 257] = 255
-        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"mode {picture.mode}, 32 bits a pixel; convert it to 8 bits")
-    if "transparency" in picture.info or picture.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
-        picture = picture.convert("RGBA")
-        if not picture.getextrema()[3][1]:
-            raise ValueError("every pixel is transparent")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
-
-
-KINDS_OF_FILES = {  # how files begin that are called .jpg and are none
-    b"version https://git-lfs": "a Git LFS pointer: run git lfs pull", b"%PDF": "a PDF",
-    b"<!DOCTYPE": "a web page, so the download failed",
-    b"<html": "a web page, so the download failed",
-    b"<?xml": "XML or SVG", b"%!PS": "PostScript", b"GIF8": "GIF", b"PK": "a zip archive",
-    b"P5": "PGM", b"P6": "PPM", b"\0\0\0\x0cjP": "JPEG 2000", b"ftypavif": "AVIF",
-    b"ftyp": "HEIC or a video"}
-
-
-def what_is(path):
-    """-> what a file that cannot be read is, judged by its first bytes, or ""."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(64).lstrip()
-    except OSError as error:
-        return error.strerror
-    for mark, kind in KINDS_OF_FILES.items():
-        if head.lower().startswith(mark.lower()) or mark in head[4:12] and mark[:4] == b"ftyp":
-            return f"it is {kind}"
-    return "" if head else "it is empty"
+        raise Problem(f"{path}: cannot be read as an image ({error or 'damaged'})") from error
 
 
 def load_weights(net, arch, weights):
