@@ -209,18 +209,17 @@ def test_a_damaged_test_image_is_named_before_training(tmp_path, capsys):
     for file in files[3:5]:
         file.write_bytes(b"")
     line = refusal(lambda: ccsd.main(short(folder, tmp_path / "out")), capsys)
-    assert "2 of 24 images" in line and files[3].name in line and files[4].name in line
+    assert "2 images" in line and files[3].name in line and files[4].name in line
     assert not (tmp_path / "out" / "last.pt").exists()
 
 
-def test_images_that_do_not_fit_in_memory_are_refused(tmp_path, monkeypatch, capsys):
+def test_images_that_do_not_fit_in_memory_are_refused(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemFree: 1 kB\nMemAvailable: 2000000 kB\n")
     monkeypatch.setattr(common, "MEMINFO", str(tmp_path / "meminfo"))
     split = common.Split(["none.jpg"] * 32621, None, None)
     with pytest.raises(common.Problem, match="32,621 images .* take 3.2 GB.* 2.0 are free"):
         common.read_images(split, 256, 128)
     common.check_memory(12936, 256, 128)
-    assert "12,936 images of 256 x 128 take 1.3 GB" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("free, images, moved", [

@@ -529,13 +529,11 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 128\n(owned) (w) file clo
     ids=["bomb", "claims 2^31", "no pixels", "cut", "postscript", "empty", "jpeg head", "gif",
          "ppm", "text bomb"])
 def test_hostile_images(content, tmp_path):
-    """Formats with other programs behind them are not decoded, but called by their names."""
+    """Formats with other programs behind them are not decoded."""
     path = tmp_path / "0001_c1_0.jpg"
     path.write_bytes(content)
     split = common.Split([str(path)], np.array([1]), np.array([0]))
-    says = {EPS: "it is PostScript", GIF.getvalue(): "it is GIF", b"": "it is empty"}.get(
-        content, "it is PPM" if content.startswith(b"P6") else "")
-    with pytest.raises(common.Problem, match=f"0001_c1_0.jpg: cannot.*{says}.*remove"):
+    with pytest.raises(common.Problem, match="0001_c1_0.jpg: cannot.*remove"):
         common.read_images(split, 64, 32)
 
 
