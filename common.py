@@ -22,7 +22,6 @@ import argparse
 import collections
 import contextlib
 import csv
-import errno
 import functools
 import hashlib
 import inspect
@@ -38,8 +37,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import NamedTuple
@@ -1721,8 +1718,8 @@ def seed_everything(seed):
 # ========================================================================== E logs and checkpoints
 
 FORMAT = 4  # of last.pt; files of another format are refused
-RESERVED = {"path", "arrays", "clashing", "format", "parts", "pooling", "epoch", "scores", "images",
-            "files", "lines", "seconds"}  # what last.pt holds besides flags and kept values
+RESERVED = {"path", "arrays", "format", "parts", "pooling", "epoch", "scores", "images", "files",
+            "lines", "seconds"}  # what last.pt holds besides flags and kept values
 LOCKS = {}  # path -> open log of this process
 
 
@@ -1795,9 +1792,10 @@ class Log:
         state = load_run(path, *flags)
         if state["epoch"] not in range(state[epochs] + 1):
             raise Problem(f"{path} was not written by these pages (choose another --out)")
+        grows = state[epochs] < self.args[epochs]
         other = [f"--{flag.replace('_', '-')} {state[flag]}, now {self.args[flag]}"
                  for flag in flags if state[flag] != self.args[flag]
-                 and not (flag == epochs and state[flag] < self.args[flag])]
+                 and not (flag == epochs and grows)]
         if other:
             flag = "--sources" if "code" in free else "--out"
             raise Problem(f"{path} is of a run with other flags: {'; '.join(other)} (say the same, "
@@ -1815,18 +1813,23 @@ class Log:
     def _lock(self):
         """Open the log and lock it. The lock ends with the process, even after kill -9; a later run
         in the same process, as in a notebook, takes it over."""
+        name = os.path.realpath(self.path)
         try:
             os.makedirs(self.folder, exist_ok=True)
-            name = os.path.realpath(self.path)
             if name in LOCKS:
                 LOCKS.pop(name).close()
             LOCKS[name] = self.file = open(self.path, "ab", buffering=0)
-            if fcntl:
-                lock(self.file)
-        except (OSError, RecursionError, ValueError) as error:
-            busy = "another process is writing there" if type(error) is BlockingIOError else error
-            raise Problem(f"{self.folder} cannot be written: {busy} (choose another --out)"
+        except OSError as error:
+            raise Problem(f"{self.folder} cannot be written: {error} (choose another --out)"
                           ) from error
+        try:
+            if fcntl:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Problem(f"{self.folder} cannot be written: another process is writing there "
+                          "(choose another --out)") from error
+        except OSError:  # some file systems of clusters have no locks
+            pass
 
     def _write(self):
         """Make the log file equal to self.lines: cut off what differs, append what is missing."""
@@ -1873,7 +1876,6 @@ class Log:
         if not state:
             return {}
         self._check_files(train, state)
-        state.update(state.pop("clashing"))
         try:
             for name, part in parts.items():
                 load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
@@ -1909,46 +1911,47 @@ class Log:
         optimisers, generators, arrays, plain values. The checkpoint is written first and holds the
         line, so a stop between the two loses nothing. Raises Problem for non-finite weights.
         """
-        seconds, text = time.time() - self.start, [f"{title:>12}"]
-        if quality:
-            text.append(f"{quality['clusters']:5d} clusters {quality['outliers']:6d} outliers"
-                        + "".join(f"  {name} {quality[name]:.3f}" for name in ("ARI", "purity")
-                                  if name in quality))
-        if losses:
-            text.append("  ".join(f"{name} {value:6.3f}" for name, value in losses.items()))
+        seconds = time.time() - self.start
         groups = dict(quality=quality, losses=losses, scores=scores)
         record = dict(title=title, epoch=epoch)
         record.update((name, value) for name, value in {**more, **groups}.items()
                       if value not in (None, {}))
         self.lines.append(json.dumps(dict(record, seconds=round(seconds, 2))) + "\n")
         if keep:
-            taken = RESERVED.intersection(keep)
-            if taken:
-                raise Problem(f"keep={', '.join(taken)}: last.pt holds something else of that name "
-                              "(call it otherwise)")
-            model = keep["model"]
-            state = {name: to_keep(name, value) for name, value in keep.items()}
-            bad = [name for name, value in state.items()
-                   if not all(x.isfinite().all() for x in tensors_in(value))]
-            if bad:
-                raise Problem(f"{title}: weights are not finite, in {', '.join(bad)}: training "
-                              "diverged (lower --lr; the last good epoch is kept)")
-            clashing = {name: state.pop(name) for name in list(state)
-                        if name in self.args}  # named like a flag
-            from_rank_0(
-                save_checkpoint, os.path.join(self.folder, "last.pt"), **self.args, **state,
-                arrays=[name for name, value in keep.items() if isinstance(value, np.ndarray)],
-                clashing=clashing, format=FORMAT, parts=model.parts, pooling=model.pooling,
-                epoch=epoch,
-                scores=scores or {}, images=len(keep["labels"]), files=self.files, lines=self.lines,
-                seconds=seconds)
+            self._save(title, keep, epoch, scores or {}, seconds)
         from_rank_0(self._write)
+        text = [f"{title:>12}"]
+        if quality:
+            text.append(f"{quality['clusters']:5d} clusters {quality['outliers']:6d} outliers"
+                        + "".join(f"  {name} {quality[name]:.3f}" for name in ("ARI", "purity")
+                                  if name in quality))
+        if losses:
+            text.append("  ".join(f"{name} {value:6.3f}" for name, value in losses.items()))
         left = ""
         if self.began and keep and epoch < self.total:
             self.rounds += 1
             minutes = (time.time() - self.began) / self.rounds * (self.total - epoch) / 60
             left = f", {minutes:.0f} min left" if minutes >= 1.5 else f", {60 * minutes:.0f} s left"
         say(" | ".join(text) + in_words(scores) + f" | {seconds:6.0f} s{left}")
+
+    def _save(self, title, keep, epoch, scores, seconds):
+        """Write last.pt."""
+        taken = (RESERVED | self.args.keys()) & keep.keys()
+        if taken:
+            raise Problem(f"keep={', '.join(taken)}: last.pt holds something else of that name "
+                          "(call it otherwise)")
+        state = {name: to_keep(value) for name, value in keep.items()}
+        bad = [name for name, value in state.items()
+               if not all(x.isfinite().all() for x in tensors_in(value))]
+        if bad:
+            raise Problem(f"{title}: weights are not finite, in {', '.join(bad)}: training "
+                          "diverged (lower --lr; the last good epoch is kept)")
+        arrays = [name for name, value in keep.items() if isinstance(value, np.ndarray)]
+        state.update(self.args, arrays=arrays, format=FORMAT, parts=keep["model"].parts,
+                     pooling=keep["model"].pooling, epoch=epoch, scores=scores,
+                     images=len(keep["labels"]), files=self.files, lines=self.lines,
+                     seconds=seconds)
+        from_rank_0(save_checkpoint, os.path.join(self.folder, "last.pt"), **state)
 
     def finish(self, scores, train, labels):
         """End a run -> scores. Without scores, write clusters.csv: file, cluster (-1: an outlier)
@@ -1966,17 +1969,6 @@ class Log:
         return scores
 
 
-def lock(file):
-    """Lock an open file, or raise BlockingIOError. Some file systems of clusters have no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        say(f"note: {file.name} cannot be locked here ({error.strerror}); do not start two runs in "
-            "this folder", sys.stderr)
-
-
 def names_of(split):
     """-> a hash of the images' names below their common folder, which may move."""
     home = os.path.commonpath(split.paths)
@@ -1984,22 +1976,13 @@ def names_of(split):
     return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def to_keep(name, value):
-    """-> what last.pt holds of a value that epoch() keeps. Raises Problem for one that could be
-    written but not read again, such as a number or an array of NumPy inside a list."""
-    if isinstance(value, torch.Generator) or hasattr(value, "state_dict"):
-        return value.get_state() if isinstance(value, torch.Generator) else value.state_dict()
-    content = io.BytesIO()
-    try:
-        value = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
-        torch.save(value, content)
-        content.seek(0)
-        torch.load(content, weights_only=True)
-    except Exception as error:  # torch raises many kinds
-        raise Problem(f"keep={name}: a {type(value).__name__} that last.pt could not give back "
-                      "(keep arrays and tensors of numbers, and plain values: float(x), "
-                      "torch.from_numpy(x) within lists and dicts)") from error
-    return value
+def to_keep(value):
+    """-> what last.pt holds of a value that epoch() keeps."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    return value.state_dict() if hasattr(value, "state_dict") else value
 
 
 def tensors_in(value):
@@ -2032,9 +2015,15 @@ def header(device, args):
 
 def save_checkpoint(path, **state):
     """Write plain values and tensors atomically: a reader sees the old file or the new one. Raises
-    Problem, and keeps the old file, if that fails."""
+    Problem, and keeps the old file, if that fails or the new one could not be read again."""
     draft, content = f"{path}.tmp", io.BytesIO()
-    torch.save(state, content)
+    try:
+        torch.save(state, content)
+        content.seek(0)
+        torch.load(content, map_location="meta", weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        raise Problem(f"{path} could not give back what is to be kept ({type(error).__name__}; "
+                      "keep arrays and tensors of numbers, and plain values: float(x))") from error
     kept = "; the earlier file is kept" if os.path.exists(path) else ""
     try:
         with open(draft, "wb") as file:
@@ -2054,13 +2043,7 @@ def load_checkpoint(path, keys=()):
     """-> the dict that save_checkpoint wrote; nothing in it is ever executed. Raises Problem for
     other files, for damaged ones, and for one that lacks some of `keys`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:
-                    if archive.testzip():  # torch does not look at the checksums
-                        raise ValueError("damaged")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise Problem(f"{path} cannot be read: {error.strerror} (name a finished run's folder, its "
                       "last.pt, or a file of weights)") from error
@@ -2079,19 +2062,10 @@ def load_run(path, *keys):
     """-> the dict of a run's last.pt. Raises Problem for any other file."""
     kinds = dict(format=int, model=dict, arch=str, parts=int, pooling=str, size=tuple, data=str,
                  root=str, epoch=int, epochs=int, scores=dict, lines=list, seconds=float,
-                 precision=str, images=int, files=str, code=dict, arrays=list, clashing=dict)
+                 precision=str, images=int, files=str, code=dict, arrays=list)
     state = load_checkpoint(path, (*kinds, *keys))
-    ours = (
-        all(isinstance(state[key], kind) for key, kind in kinds.items())
-        and state["format"] == FORMAT
-        and state["arch"] in ARCHS
-        and state["parts"] in range(9)
-        and state["pooling"] in ("gem", "avg")
-        and state["precision"] in PRECISIONS
-        and all(type(line) is str for line in state["lines"])
-        and len(state["size"]) == 2
-        and all(type(side) is int and 32 <= side <= 2048 for side in state["size"]))
-    if not ours:
+    ours = all(isinstance(state[key], kind) for key, kind in kinds.items())
+    if not ours or state["format"] != FORMAT or state["arch"] not in ARCHS:
         raise Problem(f"{path} was not written by these pages (choose another file, or --out)")
     return state
 
