@@ -143,8 +143,6 @@ def read_data(args, device):
     train, query, gallery = load(args.data, args.root, args.batch_size, True, args.quick)
     if args.true_ids and train.pids.min() < 0:
         raise Problem(f"--true-ids: the ids of {args.data} are not known (leave it out)")
-    if args.centre:
-        warn_of_few(train.cams)
     return train, place(read_images(train, *args.size), device), (query, gallery)
 
 
@@ -794,15 +792,6 @@ def camera_means(features, cams):
     return means
 
 
-def warn_of_few(cams):
-    """Say which part of --centre does not do what its name says."""
-    few = (np.bincount(cams) < FEW_IMAGES).sum()
-    if few:
-        say(f"note: {few} of {cams.max() + 1} cameras have fewer than {FEW_IMAGES} images; "
-            "--centre does not subtract their own mean, which would take the person away too, but "
-            "that of all images", sys.stderr)
-
-
 def centre_cameras(features, cams):
     """Subtract what the images of a camera have in common: (..., N, D) unit rows -> the same."""
     return F.normalize(features - camera_means(features, cams)[..., cams, :], dim=-1)
@@ -1325,25 +1314,20 @@ def load_weights(net, arch, weights):
     load_into(net, state, f"--weights {weights} does not fit --arch {arch}", unused)
 
 
-def unwrapped(state, path, first="conv1.weight"):
+def unwrapped(state, path):
     """A published file's content -> the state dict of its ResNet in torchvision's names: from one
     level down ("state_dict", "model"), without a common prefix ("module.", "backbone."). Heads
     are left out. Raises Problem if there is none."""
+    first = "layer1.0.conv1.weight"
     levels = [state, *state.values()] if isinstance(state, dict) else []
-    levels = [level for level in levels if isinstance(level, dict)]
     for level in levels:
-        for name in map(str, level):
-            prefix = name.removesuffix(first)
-            if not name.endswith(first) or f"{prefix}layer1.0.{first}" not in level:
-                continue
-            if prefix:
-                say(f"note: {path}: names are read without {prefix}", sys.stderr)
-            ours = tuple(prefix + part for part in ("conv1.", "bn1.", "layer"))
-            return {key.removeprefix(prefix): value for key, value in level.items()
-                    if key.startswith(ours)}
-    names = [str(name) for level in levels[::-1] for name in level][:3]
-    raise Problem(f"{path} holds no ResNet in torchvision's format, with {first}; its names start "
-                  f"with {', '.join(names) or 'nothing'} (choose another file)")
+        for name in level if isinstance(level, dict) else ():
+            if str(name).endswith(first):
+                prefix = name.removesuffix(first)
+                ours = tuple(prefix + part for part in ("conv1.", "bn1.", "layer"))
+                return {key.removeprefix(prefix): value for key, value in level.items()
+                        if key.startswith(ours)}
+    raise Problem(f"{path} holds no ResNet in torchvision's format (choose another file)")
 
 
 def load_into(module, state, what, unused=()):
@@ -1354,11 +1338,11 @@ def load_into(module, state, what, unused=()):
     except (RuntimeError, AttributeError, TypeError) as error:
         raise Problem(f"{what}: {' '.join(str(error).split())[-200:]} (choose the right --arch or "
                       "another file)") from error
-    wrong = [f"it lacks {key}" for key in missing] + [f"it also has {key}" for key in extra]
-    wrong = [words for words in wrong if "num_batches" not in words
-             and not words.split()[-1].startswith(tuple(unused))]
+    wrong = [name for name in [*missing, *extra] if not name.startswith(tuple(unused))
+             and not name.endswith("num_batches_tracked")]
     if wrong:
-        raise Problem(f"{what}: {wrong[0]} (choose the right --arch or another file)")
+        raise Problem(f"{what}: {wrong[0]} is missing or left over (choose the right --arch or "
+                      "another file)")
 
 
 # ================================================================= D command line, seeds, devices
@@ -1641,33 +1625,31 @@ def run(main, resume="--resume"):
     """Call main() as a program: a Problem becomes one line on stderr and exit code 2; Ctrl-C and
     SIGTERM become one line with the command that continues (with `resume`) and exit code 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it was closed
-    sys.stdout = sys.stdout or sys.stderr
     try:
         COMMAND_LINE[:] = sys.argv[1:]
         return as_one(main)
     except Problem as problem:
-        message, code = problem, 2
+        line, code = f"error: {' '.join(str(problem).split())}", 2  # file names can be odd
     except KeyboardInterrupt:
-        sys.unraisablehook = lambda _: None  # from a progress bar that was cut off
-        words = shlex.join([*(word for word in sys.argv if word != resume), resume or ""])
-        message, code = "\ninterrupted" if not resume else (
-            f"\ninterrupted, finished epochs are kept; go on with: {LAUNCH} {words}"), 130
+        line, code = "interrupted", 130
+        if resume:
+            words = shlex.join([*(word for word in sys.argv if word != resume), resume])
+            line += f", finished epochs are kept; go on with: {LAUNCH} {words}"
     except (MemoryError, RuntimeError) as error:  # torch raises the latter
         if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
-        words = str(error).partition("\n")[0][:90]
-        message, code = "out of memory" + f", it seems: {words}" * bool(words) + (
-            " (lower --batch-size or --size, choose a smaller --arch, or keep less of a batch: "
-            "--recompute, with larger --bn-splits)" if resume else " (say --device cpu)"), 2
+        words, code = str(error).partition("\n")[0][:90], 2
+        line = f"error: out of memory, it seems: {words} (say --device cpu)"
+        if resume:
+            line = (f"error: out of memory, it seems: {words} (lower --batch-size or --size, "
+                    "choose a smaller --arch, or keep less of a batch: --recompute, with larger "
+                    "--bn-splits)")
     finally:
         for log in LOCKS.values():
             log.close()
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError):  # a pipe that nobody reads any more
             sys.stdout.flush()
-    line = " ".join(str(message).split()) if code == 2 else message  # file names can be odd
-    line = "".join(c if c.isprintable() or c == "\n" else "?" for c in line)
-    say("error: " * (code == 2) + line, sys.stderr)
+    say("".join(c if c.isprintable() else "?" for c in line), sys.stderr)
     sys.exit(code)
 
 
@@ -1678,33 +1660,22 @@ def say(text, file=None):
 
 
 def pick_device(name):
-    """One of DEVICES -> torch.device. Raises Problem if it is not available."""
+    """One of DEVICES -> torch.device. Raises Problem if it is not available, or cannot compute: for
+    old and very new GPUs this PyTorch may hold no kernels."""
     have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = next(kind for kind in have if have[kind]) if name == "auto" else name
+    remedy = "say --device cpu, or install a PyTorch built for it"
     if not have[name]:
-        raise Problem(f"--device {name}: this PyTorch sees none (say --device cpu, or install a "
-                      "PyTorch built for it)")
+        raise Problem(f"--device {name}: this PyTorch sees none ({remedy})")
     device = join_ranks(torch.device(name))
-    if device.type == "cuda":
-        check_kernels(device)
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError as error:
+        words = str(error).partition("\n")[0]
+        raise Problem(f"--device {name}: {words} ({remedy}: for cards older than 2018, pip install "
+                      "torch torchvision --index-url https://download.pytorch.org/whl/cu126)"
+                      ) from error
     return device
-
-
-def check_kernels(device):
-    """Raises Problem for a GPU for which this PyTorch holds no kernels, its own (sm_75) or what the
-    driver translates (compute_75). Else is_available() is True, but the first operation fails."""
-    archs = torch.cuda.get_arch_list()
-    capability = torch.cuda.get_device_capability(device)
-    for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(archs)):
-        built = int(major), int(minor)
-        if built <= capability and (kind == "compute" or built[0] == capability[0]):
-            return
-    if any(arch.startswith("sm_") for arch in archs):  # AMD's have other names
-        raise Problem(f"{torch.cuda.get_device_name(device)} has compute capability "
-                      f"{capability[0]}.{capability[1]}, but this PyTorch is built for "
-                      f"{', '.join(archs)} (say --device cpu, or install the build for it: older "
-                      "cards need that of CUDA 12.6, pip install torch torchvision --index-url "
-                      "https://download.pytorch.org/whl/cu126)")
 
 
 def seed_everything(seed):
@@ -2105,14 +2076,15 @@ LAUNCH = f"torchrun --nproc-per-node {LOCAL}" if TORCHRUN else "python"
 
 def join_ranks(device):
     """-> the device of this rank. Connects the ranks: CUDA tensors by nccl, others by gloo."""
-    gpus = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": LOCAL}[device.type]
-    if LOCAL > gpus:
-        raise Problem(f"torchrun starts {LOCAL} processes here, for {gpus} GPUs (lower "
-                      "--nproc-per-node, or say --device cpu)")
-    if TORCHRUN and device.type == "cuda":
+    if not TORCHRUN:
+        return device
+    if device.type == "cuda":
+        if LOCAL > torch.cuda.device_count():
+            raise Problem(f"torchrun starts {LOCAL} processes here, for {torch.cuda.device_count()}"
+                          " GPUs (lower --nproc-per-node, or say --device cpu)")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if TORCHRUN and not dist.is_initialized():
+    if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 

@@ -220,7 +220,7 @@ def test_weights_from_a_file(tmp_path):
     with pytest.raises(common.Problem, match="--arch resnet50"):
         common.Encoder("resnet50", str(tmp_path / "r18.pth"))
     torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "r34.pth")
-    with pytest.raises(common.Problem, match="also has layer1.2.conv1.weight"):
+    with pytest.raises(common.Problem, match="layer1.2.conv1.weight is missing or left over"):
         common.Encoder("resnet18", str(tmp_path / "r34.pth"))
     for junk in (torch.zeros(3), None, ["conv1.weight"], dict(state, **{"conv1.weight": None})):
         torch.save(junk, tmp_path / "junk.pth")
@@ -311,15 +311,13 @@ def test_centre_cameras():
         torch.testing.assert_close(out[i], F.normalize(features[i] - mean, dim=0))
 
 
-def test_cameras_of_one_image_do_not_become_one_cluster(capsys):
+def test_cameras_of_one_image_do_not_become_one_cluster():
     """Four people, a camera of one image each, beside a camera of many images of others."""
     features, cams = unit(64), np.array([0] * 60 + [1, 2, 3, 4])
     out = common.centre_cameras(features, cams)
     assert (out.norm(dim=1) > .99).all()
     labels = common.dbscan(common.jaccard_distance(out, 8), .6)
     assert len(set(labels[60:])) == 4                              # unit() numbers people by % 8
-    common.warn_of_few(cams)
-    assert "4 of 5 cameras have fewer than 10 images" in capsys.readouterr().err
 
 
 def test_features_of_length_0_and_a_single_cluster_are_refused():
