@@ -37,6 +37,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import NamedTuple
@@ -143,6 +144,8 @@ def read_data(args, device):
     train, query, gallery = load(args.data, args.root, args.batch_size, True, args.quick)
     if args.true_ids and train.pids.min() < 0:
         raise Problem(f"--true-ids: the ids of {args.data} are not known (leave it out)")
+    if args.centre:
+        warn_of_few(train.cams)
     return train, place(read_images(train, *args.size), device), (query, gallery)
 
 
@@ -792,6 +795,15 @@ def camera_means(features, cams):
     return means
 
 
+def warn_of_few(cams):
+    """Say which part of --centre does not do what its name says."""
+    few = (np.bincount(cams) < FEW_IMAGES).sum()
+    if few:
+        say(f"note: {few} of {cams.max() + 1} cameras have fewer than {FEW_IMAGES} images; "
+            "--centre does not subtract their own mean, which would take the person away too, but "
+            "that of all images", sys.stderr)
+
+
 def centre_cameras(features, cams):
     """Subtract what the images of a camera have in common: (..., N, D) unit rows -> the same."""
     return F.normalize(features - camera_means(features, cams)[..., cams, :], dim=-1)
@@ -993,6 +1005,10 @@ def find_and_read(name, root, draw):
                               "training images alone are enough to train without scores)")
         if os.path.isfile(os.path.join(folder, "list_train.txt")):
             return folder, read_msmt_lists(folder)
+    found = next(filter(None, map(lies_below, folders)), None)
+    if found:
+        raise Problem(f"data set {name!r} not found in {', '.join(folders)}, but {found} looks "
+                      f"like it (say --data {found}, or move it up)")
     if name not in DATASETS and os.path.isdir(name):
         return name, [read_own(name), [], []]
     remedy = "put it there, or say --root"
@@ -1017,6 +1033,16 @@ def list_folder(folder):
         raise Problem(f"{folder} cannot be read: {error} (change its rights)") from error
     return [name for name in names if not name.startswith(".")
             and name not in ("Thumbs.db", "desktop.ini", "__MACOSX")]
+
+
+def lies_below(folder, levels=3):
+    """-> a folder at most so many levels below that holds the training part of a data set."""
+    names = list_folder(folder) if os.path.isdir(folder) else []
+    if any(name in ("list_train.txt", *(parts[0] for parts in TRIPLES)) for name in names):
+        return folder
+    below = (os.path.join(folder, name) for name in names if not is_image(name))
+    return next(filter(None, (lies_below(path, levels - 1) for path in below)), None
+                ) if levels else None
 
 
 def is_image(name):
@@ -1272,6 +1298,9 @@ def check_rows(name, folder, rows, at_least):
         if count not in (None, len(split)):
             say(f"warning: {name} {kind}: {len(split):,} images in {folder}, {count:,} published",
                 sys.stderr)
+    asked = {person for _, person, _ in query}
+    if asked and not asked.intersection(person for _, person, _ in gallery):
+        raise Problem(f"{folder}: nobody in the query split is in the gallery (check both folders)")
     if len(train) < at_least:
         raise Problem(f"{folder}: {len(train)} training images are fewer than a batch of "
                       f"{at_least} (lower --batch-size)")
@@ -1293,7 +1322,29 @@ def open_image(path):
                 picture = Image.alpha_composite(white, picture)
             return picture.convert("RGB")
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise Problem(f"{path}: cannot be read as an image ({error or 'damaged'})") from error
+        raise Problem(f"{path}: cannot be read as an image ({what_is(path) or error})") from error
+
+
+KINDS_OF_FILES = {  # how files begin that are called .jpg and are none
+    b"version https://git-lfs": "a Git LFS pointer: run git lfs pull", b"%PDF": "a PDF",
+    b"<!DOCTYPE": "a web page, so the download failed",
+    b"<html": "a web page, so the download failed",
+    b"<?xml": "XML or SVG", b"%!PS": "PostScript", b"GIF8": "GIF", b"PK": "a zip archive",
+    b"P5": "PGM", b"P6": "PPM", b"\0\0\0\x0cjP": "JPEG 2000", b"ftypavif": "AVIF",
+    b"ftyp": "HEIC or a video"}
+
+
+def what_is(path):
+    """-> what a file that cannot be read is, judged by its first bytes, or ""."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64).lstrip()
+    except OSError as error:
+        return error.strerror
+    for mark, kind in KINDS_OF_FILES.items():
+        if head.lower().startswith(mark.lower()) or mark in head[4:12] and mark[:4] == b"ftyp":
+            return f"it is {kind}"
+    return "" if head else "it is empty"
 
 
 def load_weights(net, arch, weights):
@@ -1327,7 +1378,9 @@ def unwrapped(state, path):
                 ours = tuple(prefix + part for part in ("conv1.", "bn1.", "layer"))
                 return {key.removeprefix(prefix): value for key, value in level.items()
                         if key.startswith(ours)}
-    raise Problem(f"{path} holds no ResNet in torchvision's format (choose another file)")
+    names = [str(name) for level in levels if isinstance(level, dict) for name in level]
+    raise Problem(f"{path} holds no ResNet in torchvision's format, with {first}; its names start "
+                  f"with {', '.join(names[:3]) or 'nothing'} (choose another file)")
 
 
 def load_into(module, state, what, unused=()):
@@ -1462,6 +1515,9 @@ def parse(parser, argv, method, settings, not_in_first_stage=()):
                 if getattr(module, "SETTINGS", None) is settings)
     args.code = {os.path.basename(module.__file__): running_code(module)
                  for module in (page, sys.modules[__name__])}
+    if NOTEBOOK:
+        words = COMMAND_LINE if argv is None else argv
+        short_errors(vars(page), [str(word) for word in words])
     args.first_stage, args.out = folders_of(args, defaults, method, not_in_first_stage)
     if args.precision == "auto":  # a run goes on, and its stages are trained, in one precision
         found = [match[1] for folder in (args.out, args.first_stage)
@@ -1568,6 +1624,23 @@ def described_file(path, text):
         or name.isupper() and isinstance(value, (int, float, str, tuple, dict)))}
 
 
+def short_errors(page, words):
+    """In a notebook: one line for a Problem and for an interrupt, as in a terminal."""
+    shell = sys.modules["IPython"].get_ipython()
+
+    def show(shell, kind, error, trace, **_):
+        frames = [frame.f_globals for frame, _ in traceback.walk_tb(trace)]
+        if not any(frame is page for frame in frames):
+            shell.showtraceback((kind, error, trace))
+        elif kind is Problem:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            again = [word for word in words if word != "--resume"] + ["--resume"]
+            print(f"\ninterrupted, finished epochs are kept; go on with: main({again})",
+                  file=sys.stderr)
+    shell.set_custom_exc((Problem, KeyboardInterrupt), show)
+
+
 def described(value):
     """-> text that tells what a function or class does, or what a constant is. Other things have
     their address in it: better a new run than an old result."""
@@ -1631,6 +1704,8 @@ def run(main, resume="--resume"):
     except Problem as problem:
         line, code = f"error: {' '.join(str(problem).split())}", 2  # file names can be odd
     except KeyboardInterrupt:
+        sys.unraisablehook = lambda _: None  # from a progress bar that was cut off
+        print(file=sys.stderr)
         line, code = "interrupted", 130
         if resume:
             words = shlex.join([*(word for word in sys.argv if word != resume), resume])
@@ -1669,7 +1744,7 @@ def pick_device(name):
         raise Problem(f"--device {name}: this PyTorch sees none ({remedy})")
     device = join_ranks(torch.device(name))
     try:
-        torch.zeros(1, device=device)
+        torch.ones(1, device=device).add(1)
     except RuntimeError as error:
         words = str(error).partition("\n")[0]
         raise Problem(f"--device {name}: {words} ({remedy}: for cards older than 2018, pip install "
@@ -1799,8 +1874,9 @@ class Log:
         except BlockingIOError as error:
             raise Problem(f"{self.folder} cannot be written: another process is writing there "
                           "(choose another --out)") from error
-        except OSError:  # some file systems of clusters have no locks
-            pass
+        except OSError as error:  # some file systems of clusters have no locks
+            say(f"note: {name} cannot be locked here ({error.strerror}); do not start two runs in "
+                "this folder", sys.stderr)
 
     def _write(self):
         """Make the log file equal to self.lines: cut off what differs, append what is missing."""

@@ -311,13 +311,15 @@ def test_centre_cameras():
         torch.testing.assert_close(out[i], F.normalize(features[i] - mean, dim=0))
 
 
-def test_cameras_of_one_image_do_not_become_one_cluster():
+def test_cameras_of_one_image_do_not_become_one_cluster(capsys):
     """Four people, a camera of one image each, beside a camera of many images of others."""
     features, cams = unit(64), np.array([0] * 60 + [1, 2, 3, 4])
     out = common.centre_cameras(features, cams)
     assert (out.norm(dim=1) > .99).all()
     labels = common.dbscan(common.jaccard_distance(out, 8), .6)
     assert len(set(labels[60:])) == 4                              # unit() numbers people by % 8
+    common.warn_of_few(cams)
+    assert "4 of 5 cameras have fewer than 10 images" in capsys.readouterr().err
 
 
 def test_features_of_length_0_and_a_single_cluster_are_refused():

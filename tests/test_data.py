@@ -107,6 +107,14 @@ def test_numbers_that_are_no_people(tmp_path, name):
         common.load(str(tmp_path))
 
 
+def test_query_without_gallery(tmp_path):
+    market(tmp_path)
+    os.rename(tmp_path / "bounding_box_test" / "0001_c5s1_1.jpg",
+              tmp_path / "bounding_box_test" / "0009_c5s1_1.jpg")
+    with pytest.raises(common.Problem, match="nobody in the query split is in the gallery"):
+        common.load(str(tmp_path))
+
+
 def test_missing_and_empty(tmp_path):
     with pytest.raises(common.Problem) as problem:
         common.load("market1501", str(tmp_path))
@@ -210,7 +218,7 @@ def test_files_that_are_no_images_are_counted_and_named(tmp_path):
     for i in range(7):
         (tmp_path / f"{i}.jpg").write_bytes(b"<html>not found</html>")
     split = common.Split([str(tmp_path / f"{i}.jpg") for i in range(7)], None, None)
-    with pytest.raises(common.Problem, match="7 images are no good.*0.jpg.*4.jpg"):
+    with pytest.raises(common.Problem, match="7 images are no good.*0.jpg.*it is a web page.*4.jpg"):
         common.read_images(split, 64, 32)
 
 

@@ -125,7 +125,7 @@ def test_a_card_without_kernels_is_one_line(tiny, tmp_path, monkeypatch, capsys)
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\n"
                            "CUDA kernel errors might be asynchronously reported")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "zeros", no_kernels)
+    monkeypatch.setattr(torch, "ones", no_kernels)
     words = [*short(tiny, tmp_path), "--device", "auto"]
     says = refusal(lambda: ccsd.main(words), capsys)
     assert says.startswith("--device cuda: CUDA error: no kernel image") and "reported" not in says

@@ -376,12 +376,13 @@ def test_a_folder_takes_one_run_at_a_time(tiny, tmp_path):
 
 
 @pytest.mark.skipif(common.fcntl is None, reason="no file locks here")
-def test_a_file_system_without_locks(tiny, tmp_path, monkeypatch):
+def test_a_file_system_without_locks(tiny, tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
     monkeypatch.setattr(common.fcntl, "flock", refuse)
     args = ccsd.get_args(short(tiny, tmp_path / "a"))
     common.Log(args.out, "cpu", args).file.close()
+    assert capsys.readouterr().err.count("cannot be locked here") == 1
 
 
 def test_nothing_that_is_not_finite_is_saved(tiny, tmp_path):
@@ -529,11 +530,13 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 128\n(owned) (w) file clo
     ids=["bomb", "claims 2^31", "no pixels", "cut", "postscript", "empty", "jpeg head", "gif",
          "ppm", "text bomb"])
 def test_hostile_images(content, tmp_path):
-    """Formats with other programs behind them are not decoded."""
+    """Formats with other programs behind them are not decoded, but called by their names."""
     path = tmp_path / "0001_c1_0.jpg"
     path.write_bytes(content)
     split = common.Split([str(path)], np.array([1]), np.array([0]))
-    with pytest.raises(common.Problem, match="0001_c1_0.jpg: cannot.*remove"):
+    says = {EPS: "it is PostScript", GIF.getvalue(): "it is GIF", b"": "it is empty"}.get(
+        content, "it is PPM" if content.startswith(b"P6") else "")
+    with pytest.raises(common.Problem, match=f"0001_c1_0.jpg: cannot.*{says}.*remove"):
         common.read_images(split, 64, 32)
 
 
