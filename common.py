@@ -22,8 +22,6 @@ import argparse
 import collections
 import contextlib
 import csv
-import difflib
-import errno
 import functools
 import hashlib
 import inspect
@@ -40,8 +38,6 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import NamedTuple
@@ -50,7 +46,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.sparse import csr_array, vstack
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -180,7 +176,7 @@ def augment(images, generator, pad=None, erase=.5, jitter=0.):
 
 
 def flip_and_crop(images, pad, flip, dy, dx):
-    """(B, 3, H, W) uint8 -> float32 in [0, 1]; mirrored where flip < 1/2 and shifted by up to `pad`
+    """(B, 3, H, W) uint8 -> float32 in [0, 1]; mirrored where flip >= 1/2 and shifted by up to `pad`
     pixels, with black at the borders. flip, dy, dx (B,) in [0, 1)."""
     b, _, h, w = images.shape
     y = torch.arange(h, device=images.device)
@@ -855,45 +851,32 @@ def place(images, device):
 
 
 def check_memory(n, height, width):
-    """Say how much main memory n images will take, if it matters. Raises Problem if that is more
-    than is free, which only Linux tells; each rank keeps all images."""
+    """Raises Problem if n images take more main memory than is free, which only Linux tells. Each
+    rank keeps all images."""
     need = LOCAL * n * 3 * height * width / 1e9
-    text = read_text(MEMINFO) if os.path.exists(MEMINFO) else ""
-    found = re.search(r"MemAvailable: *(\d+)", text)
+    found = re.search(r"MemAvailable: *(\d+)", read_text(MEMINFO)) if os.path.exists(MEMINFO) else 0
     free = int(found[1]) * 1024 / 1e9 if found else math.inf
-    text = (f"{n:,} images of {height} x {width} take {need:.1f} GB of main memory"
-            + f" in {LOCAL} processes" * (LOCAL > 1) + f", {free:.1f} are free" * (free < math.inf))
     if need > free:
-        raise Problem(f"{text} (lower --size or close other programs)")
-    if need > .1:
-        say(text, sys.stderr)
+        raise Problem(f"{n:,} images of {height} x {width} take {need:.1f} GB of main memory, "
+                      f"{free:.1f} are free (lower --size or close other programs)")
 
 
 def read_ahead(paths, parts, height, width):
     """Yield the images of the files, (b, 3, H, W) uint8, in so many parts of nearly equal size.
-    Threads decode the next two parts while the caller works on one. Raises Problem that names files
-    that are no images, after all of them were tried."""
-    def read(path):
-        try:
-            return read_image(path, height, width)
-        except Problem as problem:
-            return problem
-    pool = ThreadPoolExecutor()
-    ahead, problems = collections.deque(), []
-    try:
+    Threads decode the next two parts while the caller works on one. Raises Problem that names the
+    files of a part that are no images."""
+    ahead = collections.deque()
+    with ThreadPoolExecutor() as pool:
         for part in [*np.array_split(np.arange(len(paths)), parts), (), ()]:
-            ahead.append([pool.submit(read, paths[i]) for i in part])
+            ahead.append([pool.submit(read_image, paths[i], height, width) for i in part])
             if len(ahead) > 2:
-                images = [file.result() for file in ahead.popleft()]
-                problems += [str(image) for image in images if isinstance(image, Problem)]
-                if images and not problems:
-                    yield torch.stack(images)
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
-    if problems:
-        more = f" ... and {len(problems) - 5} more" * (len(problems) > 5)
-        raise Problem(f"{len(problems)} of {len(paths)} images are no good: "
-                      f"{'; '.join(problems[:5])}{more} (remove these files or copy them again)")
+                files = ahead.popleft()
+                bad = [str(file.exception()) for file in files if file.exception()]
+                if bad:
+                    raise Problem(f"{len(bad)} images are no good: {'; '.join(bad[:5])} (remove "
+                                  "these files or copy them again)")
+                if files:
+                    yield torch.stack([file.result() for file in files])
 
 
 def send(tensor, device):
@@ -1022,18 +1005,15 @@ def find_and_read(name, root, draw):
                               "training images alone are enough to train without scores)")
         if os.path.isfile(os.path.join(folder, "list_train.txt")):
             return folder, read_msmt_lists(folder)
-    if os.path.isfile(name):
-        raise Problem(f"--data {name} is a file (unpack it if it is an archive, then name its "
-                      "folder)")
     found = next(filter(None, map(lies_below, folders)), None)
     if found:
         raise Problem(f"data set {name!r} not found in {', '.join(folders)}, but {found} looks "
                       f"like it (say --data {found}, or move it up)")
     if name not in DATASETS and os.path.isdir(name):
         return name, [read_own(name), [], []]
-    close = difflib.get_close_matches(name.lower(), DATASETS, 1)
-    remedy = "put it there, or say --root" if name in DATASETS else "".join(
-        f"did you mean {x}? " for x in close) + f"name a folder or one of {', '.join(DATASETS)}"
+    remedy = "put it there, or say --root"
+    if name not in DATASETS:
+        remedy = f"unpack archives, and name a folder or one of {', '.join(DATASETS)}"
     raise Problem(f"data set {name!r} not found: no folder with {', '.join(TRIPLES[0])} in "
                   f"{', '.join(folders)} ({remedy})")
 
@@ -1073,20 +1053,16 @@ def read_folder(home, part):
     """-> list of (path, person, camera), sorted by name; every file name must parse."""
     rows, wrong, folder = [], [], os.path.join(home, part)
     for name in list_folder(folder):
-        match = re.match(r"(?i)(-?\d{1,9})_c(\d{1,9})(?!\d)", name)
+        match = re.match(r"(?i)(-1|\d{1,9})_c(\d{1,9})(?!\d)", name)
         if match and is_image(name):
             rows.append((os.path.join(folder, name), int(match[1]), int(match[2])))
         else:
             wrong.append(name)
-    inner = [name for name in wrong if os.path.isdir(os.path.join(folder, name))]
-    if inner:
-        images = sum(map(is_image, list_folder(os.path.join(folder, inner[0]))))
-        raise Problem(f"{folder} holds {len(inner)} folders, the first, {inner[0]}, with {images} "
-                      "images (move the images up, or the folder away)")
     if wrong:
-        raise Problem(f"{folder}: {len(wrong)} files are not named <person>_c<camera>...jpg (png, "
-                      f"bmp, webp, tif), the first: {', '.join(wrong[:5])} (rename or move them)")
-    check_files(rows)
+        raise Problem(f"{folder}: {len(wrong)} files or folders are not named <person>_c<camera>"
+                      f"...jpg (png, bmp, webp, tif), the first: {', '.join(wrong[:5])} (rename or "
+                      "move them)")
+    check_files([path for path, _, _ in rows])
     return rows
 
 
@@ -1105,52 +1081,44 @@ def read_own(home):
     for other trees, and where folders and file names contradict each other.
     """
     files = list_tree(home)
-    images = [(parts, name) for parts, name in files if is_image(name)]
-    others = [os.path.join(*parts, name) for parts, name in files if not is_image(name)]
-    kinds = sorted({os.path.splitext(name)[1] or "no ending" for name in others})
-    left_out = (f"{len(others)} files ({', '.join(kinds)}; the first: {others[0]}) are no JPEG, "
-                "PNG, BMP, WebP or TIFF" if others else "")
+    images = [parts for parts in files if is_image(parts[-1])]
+    others = [os.path.join(*parts) for parts in files if not is_image(parts[-1])]
+    left_out = f"{len(others)} files that are no JPEG, PNG, BMP, WebP or TIFF" + (
+        f", the first: {others[0]}" if others else "")
     if not images:
-        raise Problem(f"{home} holds neither {', '.join(TRIPLES[0])} nor images"
-                      + (f"; {left_out} (convert them, unpack archives" if others else
-                         " (name another folder") + f", or {LAY_OUT})")
-    person_folder, camera_folder = read_levels(home, images)
-    rows = []
-    for parts, name in images:
-        person = re.match(r"(?i)(-?\d{1,9})_c\d", name)
-        camera = re.search(r"(?i)(?:^|_)c(?:am)?(\d{1,9})(?!\d)", name)
-        rows.append(dict(
-            path=os.path.join(home, *parts, name),
-            person=person and int(person[1]), camera=camera and int(camera[1]),
-            person_folder=None if person_folder is None else parts[person_folder],
-            camera_folder=None if camera_folder is None else parts[camera_folder]))
-    check_files([(row["path"],) for row in rows])
-    check_names(rows)
-    people = numbers_of(rows, "person")
-    cameras = numbers_of(rows, "camera")
-    say(f"{home}: {len(rows)} images, such as {os.path.relpath(rows[0]['path'], home)}: "
-        + understood(rows, "person", people) + ", " + understood(rows, "camera", cameras)
-        + "; no person ids, so nothing is scored" * (people is None)
-        + "; no cameras, so all images count as one camera's" * (cameras is None), sys.stderr)
+        raise Problem(f"{home} holds neither {', '.join(TRIPLES[0])} nor images, but {left_out} "
+                      f"(convert them, unpack archives, or {LAY_OUT})")
     if others:
         say(f"warning: {home}: left out: {left_out}", sys.stderr)
-    people = people or [None] * len(rows)
-    cameras = cameras or [0] * len(rows)
-    return [(row["path"], *both) for row, *both in zip(rows, people, cameras)]
+    paths = [os.path.join(home, *parts) for parts in images]
+    check_files(paths)
+    person_folders, camera_folders = read_levels(home, images)
+    people = numbers_in_names(images, r"(?i)^(-1|\d{1,9})_c\d")
+    cameras = numbers_in_names(images, r"(?i)(?:^|_)c(?:am)?(\d{1,9})(?!\d)")
+    check_names(paths, person_folders, camera_folders, people, cameras)
+    people, of_whom = known("person", people, person_folders, "no person ids: nothing is scored")
+    cameras, by_which = known("camera", cameras, camera_folders, "no cameras: all count as one")
+    say(f"{home}: {len(paths)} images, such as {os.path.join(*images[0])}: {of_whom}, {by_which}",
+        sys.stderr)
+    if people is person_folders and people:
+        people = (1 + np.unique(people, return_inverse=True)[1]).tolist()
+    people = people or [None] * len(paths)
+    cameras = cameras or [0] * len(paths)
+    return list(zip(paths, people, cameras))
 
 
-def list_tree(home, parts=(), levels=4):
-    """-> list of (folders below home, name) of all files, sorted. Raises Problem for more levels:
-    a link that leads back to a folder above it has no end."""
-    files, folder = [], os.path.join(home, *parts)
-    if levels < 0:
+def list_tree(home, above=()):
+    """-> list of (folders below home ..., name) of all files, sorted. Raises Problem where folders
+    lie too deep: a link that leads back to a folder above it has no end."""
+    files, folder = [], os.path.join(home, *above)
+    if len(above) > 4:
         raise Problem(f"{folder}: folders lie too deep, or a link leads back (name a folder nearer "
                       f"to the images, or remove the link; {LAY_OUT})")
     for name in list_folder(folder):
         if not is_image(name) and os.path.isdir(os.path.join(folder, name)):
-            files += list_tree(home, (*parts, name), levels - 1)
+            files += list_tree(home, (*above, name))
         else:
-            files.append((parts, name))
+            files.append((*above, name))
     return files
 
 
@@ -1164,8 +1132,9 @@ def is_camera(folder):
 
 
 def read_levels(home, images):
-    """-> at which level of folders people and cameras are, None: at none. Raises Problem."""
-    folders = sorted({parts for parts, _ in images})
+    """-> for every image its folder of a person, and that of a camera; None: there are no such
+    folders. images: (folders below home ..., name). Raises Problem."""
+    folders = sorted({parts[:-1] for parts in images}, key=lambda parts: (len(parts), parts))
     where = [os.path.join(home, *parts) for parts in folders]
     for parts in folders:
         for level, name in enumerate(parts):
@@ -1173,87 +1142,77 @@ def read_levels(home, images):
                 part = os.path.join(home, *parts[:level + 1])
                 raise Problem(
                     f"{part} is called like a part of a data set and not like a camera or a person "
-                    f"(to train on it alone: --data {part}; for scores too, call the parts "
-                    f"{', '.join(TRIPLES[0])} and their files 0002_c1_7.jpg: person, camera)")
-    depths = sorted({len(parts) for parts in folders})
-    if len(depths) > 1:
-        odd = where[[len(parts) for parts in folders].index(depths[0])]
-        raise Problem(f"{home} holds images in {odd} beside those in "
-                      f"{next(x for x, parts in zip(where, folders) if len(parts) > depths[0])} "
-                      f"({LAY_OUT})")
-    if depths[0] > 2:
-        raise Problem(f"{home}: its {len(images)} images lie {depths[0]} folders deep, the first "
-                      f"in {where[0]} (name a folder nearer to them, or {LAY_OUT})")
-    levels = [sorted({parts[level] for parts in folders}) for level in range(depths[0])]
-    cameras = [sum(map(is_camera, names)) for names in levels]
-    for level, names in enumerate(levels):
-        if 0 < cameras[level] < len(names):
-            odd = next(x for x, parts in zip(where, folders) if not is_camera(parts[level]))
-            raise Problem(f"{home} holds images in {odd} beside those in folders such as "
+                    f"(to train on it alone: --data {part}; for scores too, name the folder of "
+                    f"{', '.join(TRIPLES[0])}, with files such as 0002_c1_7.jpg: person, camera)")
+    depth = len(folders[-1])
+    if len(folders[0]) < depth:
+        raise Problem(f"{home} holds images in {where[0]} beside those in {where[-1]} ({LAY_OUT})")
+    if depth > 2:
+        raise Problem(f"{home}: its images lie {depth} folders deep, the first in {where[0]} (name "
+                      f"a folder nearer to them, or {LAY_OUT})")
+    people, cameras = [], []
+    for level in range(depth):
+        names = [parts[level] for parts in images]
+        others = [x for x, parts in zip(where, folders) if not is_camera(parts[level])]
+        if not others:
+            cameras.append(names)
+        elif any(map(is_camera, names)):
+            raise Problem(f"{home} holds images in {others[0]} beside those in folders such as "
                           f"{next(filter(is_camera, names))} ({LAY_OUT})")
-    people = [level for level, number in enumerate(cameras) if not number
-              and (level or len(levels[0]) > 1)]  # one folder around all images is no person
-    if len(people) == 2 or len(levels) == 2 and all(cameras):
+        elif level or len({*names}) > 1:  # one folder around all images is no person
+            people.append(names)
+    if max(len(people), len(cameras)) > 1:
         raise Problem(f"{home}: which level of {where[0]} is the camera and which the person is "
                       f"not to be seen ({LAY_OUT})")
-    return (people or [None])[0], next((x for x, number in enumerate(cameras) if number), None)
+    return (people or [None])[0], (cameras or [None])[0]
 
 
-def check_names(rows):
+def numbers_in_names(images, pattern):
+    """-> the number that the pattern finds in each image's name, or None."""
+    found = [re.search(pattern, parts[-1]) for parts in images]
+    return [match and int(match[1]) for match in found]
+
+
+def check_names(paths, person_folders, camera_folders, people, cameras):
     """Raises Problem where folders and file names of read_own() contradict each other."""
-    def one_to_one(a, b):
-        pairs = {(row[a], row[b]): row for row in rows if None not in (row[a], row[b])}
+    for kind, folders, numbers in (("person", person_folders, people),
+                                   ("camera", camera_folders, cameras)):
+        pair = clash(folders, numbers)
+        if pair:
+            raise Problem(f"{paths[pair[0]]} and {paths[pair[1]]}: the folders are no {kind}s, if "
+                          f"the file names are right (rename one of them: {LAY_OUT})")
+    for path, folder, camera in zip(paths, camera_folders or (), cameras):
+        number = re.search(r"\d+", folder)
+        if camera is not None and number and int(number[0]) != camera:
+            raise Problem(f"{path}: camera {number[0]} by the folder, {camera} by the file name "
+                          "(rename one of them)")
+    several = len({*(person_folders or ())}) > 1
+    if several and None not in cameras and not clash(person_folders, cameras):
+        raise Problem(f"{paths[0]}: every folder holds the images of one camera, by the file "
+                      "names, so folders look like cameras and not like people (call them cam1, "
+                      "cam2, or take the cameras out of the file names)")
+
+
+def clash(folders, numbers):
+    """-> two images of one folder with different numbers, or the other way round; or None."""
+    first = {}
+    for i, pair in enumerate(zip(folders or (), numbers)):
         for side in (0, 1):
-            first = {}
-            for pair, row in pairs.items():
-                other = first.setdefault(pair[side], row)
-                if other is not row:
-                    return other, row
-        return None
-    for kind in ("person", "camera"):
-        clash = one_to_one(f"{kind}_folder", kind)
-        if clash:
-            raise Problem(f"{clash[0]['path']} and {clash[1]['path']}: the folders are no {kind}s, "
-                          f"if the file names are right, {kind} {clash[0][kind]} and "
-                          f"{clash[1][kind]} (rename one of them: {LAY_OUT})")
-    for row in rows:
-        number = re.findall(r"\d+", row["camera_folder"] or "")
-        if row["camera"] is not None and number and int(number[0]) != row["camera"]:
-            raise Problem(f"{row['path']}: camera {number[0]} by the folder, {row['camera']} by "
-                          "the file name (rename one of them)")
-    folders = {row["person_folder"] for row in rows} - {None}
-    if len(folders) > 1 and all(row["camera"] is not None for row in rows) and not one_to_one(
-            "person_folder", "camera"):
-        raise Problem(f"{rows[0]['path']}: every folder holds the images of one camera, by the "
-                      "file names, so folders look like cameras and not like people (call them "
-                      "cam1, cam2, or take the cameras out of the file names)")
+            j, other = first.setdefault((side, pair[side]), (i, pair))
+            if other != pair and None not in other + pair:
+                return j, i
+    return None
 
 
-def numbers_of(rows, kind):
-    """-> the person or camera of every row, from its file name or else its folder, or None. Folders
-    of cameras keep their numbers or names, those of people are counted from 1."""
-    named = [row[kind] for row in rows]
-    if None not in named:
-        return named
-    folders = [row[f"{kind}_folder"] for row in rows]
-    if None in folders:
-        return None
-    found = {folder: re.findall(r"\d+", folder) for folder in folders}
-    numbers = {int(digits[0]) for digits in found.values() if len(digits) == 1}
-    if kind == "camera":
-        return [int(found[x][0]) if len(numbers) == len(found) else x for x in folders]
-    order = sorted(found)
-    return [1 + order.index(folder) for folder in folders]
-
-
-def understood(rows, kind, numbers):
-    """-> in words, where the first image's person or camera comes from."""
-    first, named = rows[0], sum(row[kind] is not None for row in rows)
-    if numbers is None:
-        return f"no {kind}" + f" (only {named} of {len(rows)} file names give one)" * bool(named)
-    if named == len(rows):
-        return f"{kind} {first[kind]} from its name"
-    return f"{kind} {first[kind + '_folder']} from its folder"
+def known(kind, numbers, folders, lack):
+    """-> the person or camera of every image, its number in the names or else its folder, or None;
+    and in words where the first image's comes from."""
+    if None not in numbers:
+        return numbers, f"{kind} {numbers[0]} from its name"
+    if folders:
+        return folders, f"{kind} {folders[0]} from its folder"
+    given = len(numbers) - numbers.count(None)
+    return None, f"{lack} ({given} of {len(numbers)} names give one)"
 
 
 def read_msmt_lists(folder):
@@ -1270,7 +1229,7 @@ def read_msmt_lists(folder):
                 raise Problem(f"{listing}: {line[:80]!r} does not read like "
                               "0000/0000_045_12_0303morning_0006_2.jpg 0 (correct the list)")
             rows.append((os.path.join(folder, part, match[1]), int(match[3]), int(match[2])))
-        check_files(rows)
+        check_files([path for path, _, _ in rows])
         return rows
     train = ("train", "mask_train_v2")
     test = ("test", "mask_test_v2")
@@ -1287,13 +1246,12 @@ def read_text(path):
         raise Problem(f"{path} cannot be read: {error} (copy it again)") from error
 
 
-def check_files(rows):
+def check_files(paths):
     """Raises Problem for paths that are no file nor a link to one: a pipe, a folder, a loop."""
-    bad = [path for path, *_ in rows if not os.path.isfile(path)]
+    bad = [path for path in paths if not os.path.isfile(path)]
     if bad:
-        raise Problem(f"{len(bad)} of {len(rows)} images cannot be read: not a file: "
-                      f"{', '.join(bad[:5])}{' ...' * (len(bad) > 5)} (remove them or copy them "
-                      "again)")
+        raise Problem(f"{len(bad)} of {len(paths)} images cannot be read: not a file: "
+                      f"{', '.join(bad[:5])} (remove them or copy them again)")
 
 
 def take_half(rows, half):
@@ -1332,20 +1290,16 @@ def take_few(rows, people=12, images=200):
 
 def check_rows(name, folder, rows, at_least):
     """Warn if counts differ from the published ones; raise Problem for unusable splits."""
-    _, counts = DATASETS.get(name, ([], ()))
+    _, published = DATASETS.get(name, ([], ()))
     train, query, gallery = rows
-    scored = bool(query or gallery)
-    for kind, split, count in zip(KINDS, rows, counts or (None,) * 3):
-        if not split and (kind == "train" or scored):
+    for kind, split, count in zip(KINDS, rows, published or (None,) * 3):
+        if not split and (kind == "train" or query or gallery):
             raise Problem(f"{folder}: the {kind} split holds no images (is the download complete?)")
-        people = {person for _, person, _ in split} - {None}
-        if any(not 0 <= person < 10**9 for person in people):
-            raise Problem(f"{folder}: a person in {kind} is below -1 or above 999,999,999 (rename)")
         if count not in (None, len(split)):
             say(f"warning: {name} {kind}: {len(split):,} images in {folder}, {count:,} published",
                 sys.stderr)
     asked = {person for _, person, _ in query}
-    if scored and not asked.intersection(person for _, person, _ in gallery):
+    if asked and not asked.intersection(person for _, person, _ in gallery):
         raise Problem(f"{folder}: nobody in the query split is in the gallery (check both folders)")
     if len(train) < at_least:
         raise Problem(f"{folder}: {len(train)} training images are fewer than a batch of "
@@ -1353,47 +1307,22 @@ def check_rows(name, folder, rows, at_least):
 
 
 def open_image(path):
-    """-> a decoded RGB image, turned as its EXIF orientation says. Transparent pixels become white,
-    16 bits a pixel become 8. Raises Problem for a file that is no image, far too large, or of
-    another mode."""
+    """-> a decoded RGB image, turned as its EXIF orientation says; transparent pixels become white.
+    Raises Problem for a file that is no image, far too large, or has more than 8 bits a channel."""
     try:
         with Image.open(path, formats=FORMATS) as picture:  # others may start programs
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels is no pedestrian crop")
-            picture.load()
-            return to_rgb(upright(picture), picture.format)
+            if picture.mode[0] in "IF":  # Pillow would cut off what is above 255
+                raise ValueError(f"mode {picture.mode}; convert it to 8 bits a channel")
+            picture = ImageOps.exif_transpose(picture)
+            if "transparency" in picture.info or picture.mode[-1] in "Aa":
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            return picture.convert("RGB")
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise Problem(f"{path}: cannot be read as an image ({what_is(path) or error})") from error
-
-
-def upright(picture):
-    """A decoded Pillow image -> the same, turned and mirrored as its EXIF orientation says."""
-    try:
-        orientation = picture.getexif().get(0x0112)
-    except Exception:  # a damaged EXIF block does not spoil the picture
-        orientation = None
-    turn = Image.Transpose
-    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM,
-             5: turn.TRANSPOSE, 6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}
-    return picture.transpose(turns[orientation]) if orientation in turns else picture
-
-
-def to_rgb(picture, form):
-    """A Pillow image of any mode, read from a file of format `form` -> an RGB image that looks as
-    in a viewer. Raises ValueError for modes whose range of values is not known."""
-    if picture.mode.startswith("I;16") or (picture.mode, form) == ("I", "PNG"):
-        grey = np.asarray(picture).astype(np.float32) / 257  # 65535 -> 255
-        grey[grey == picture.info.get("transparency", -1) / 257] = 255
-        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"mode {picture.mode}, 32 bits a pixel; convert it to 8 bits")
-    if "transparency" in picture.info or picture.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
-        picture = picture.convert("RGBA")
-        if not picture.getextrema()[3][1]:
-            raise ValueError("every pixel is transparent")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
 
 
 KINDS_OF_FILES = {  # how files begin that are called .jpg and are none
@@ -1436,25 +1365,22 @@ def load_weights(net, arch, weights):
     load_into(net, state, f"--weights {weights} does not fit --arch {arch}", unused)
 
 
-def unwrapped(state, path, first="conv1.weight"):
+def unwrapped(state, path):
     """A published file's content -> the state dict of its ResNet in torchvision's names: from one
     level down ("state_dict", "model"), without a common prefix ("module.", "backbone."). Heads
     are left out. Raises Problem if there is none."""
+    first = "layer1.0.conv1.weight"
     levels = [state, *state.values()] if isinstance(state, dict) else []
-    levels = [level for level in levels if isinstance(level, dict)]
     for level in levels:
-        for name in map(str, level):
-            prefix = name.removesuffix(first)
-            if not name.endswith(first) or f"{prefix}layer1.0.{first}" not in level:
-                continue
-            if prefix:
-                say(f"note: {path}: names are read without {prefix}", sys.stderr)
-            ours = tuple(prefix + part for part in ("conv1.", "bn1.", "layer"))
-            return {key.removeprefix(prefix): value for key, value in level.items()
-                    if key.startswith(ours)}
-    names = [str(name) for level in levels[::-1] for name in level][:3]
+        for name in level if isinstance(level, dict) else ():
+            if str(name).endswith(first):
+                prefix = name.removesuffix(first)
+                ours = tuple(prefix + part for part in ("conv1.", "bn1.", "layer"))
+                return {key.removeprefix(prefix): value for key, value in level.items()
+                        if key.startswith(ours)}
+    names = [str(name) for level in levels[::-1] if isinstance(level, dict) for name in level]
     raise Problem(f"{path} holds no ResNet in torchvision's format, with {first}; its names start "
-                  f"with {', '.join(names) or 'nothing'} (choose another file)")
+                  f"with {', '.join(names[:3]) or 'nothing'} (choose another file)")
 
 
 def load_into(module, state, what, unused=()):
@@ -1465,17 +1391,16 @@ def load_into(module, state, what, unused=()):
     except (RuntimeError, AttributeError, TypeError) as error:
         raise Problem(f"{what}: {' '.join(str(error).split())[-200:]} (choose the right --arch or "
                       "another file)") from error
-    wrong = [f"it lacks {key}" for key in missing] + [f"it also has {key}" for key in extra]
-    wrong = [words for words in wrong if "num_batches" not in words
-             and not words.split()[-1].startswith(tuple(unused))]
+    wrong = [name for name in [*missing, *extra] if not name.startswith(tuple(unused))
+             and not name.endswith("num_batches_tracked")]
     if wrong:
-        raise Problem(f"{what}: {wrong[0]} (choose the right --arch or another file)")
+        raise Problem(f"{what}: {wrong[0]} is missing or left over (choose the right --arch or "
+                      "another file)")
 
 
 # ================================================================= D command line, seeds, devices
 
 COMMAND_LINE = []  # filled by run()
-STATE = {"LOCKS", "COMMAND_LINE"}  # no constants: they change
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("fp32", "bf16", "fp16")
 NO_NUMBER = {"out", "first_stage", "code", "root", "device", "eval_every", "resume", "on_collapse",
@@ -1638,20 +1563,13 @@ def check_flags(args):
 
 def folders_of(args, defaults, method, not_in_first_stage):
     """-> the folders of the first stage and of the run: --out or, named after the flags, folders
-    that hold no run on other data or of other code."""
+    that hold no run of other code."""
     if args.out:
         return args.out, args.out
-    folders, notes = [], set()
-    for ignored in (not_in_first_stage, ()):
-        folder = run_folder(method, args, defaults, ignored)
-        folders.append(apart(folder, args.data))
-    going_on = args.resume and not has_finished(folders[1])
-    for i, folder in enumerate(folders):
-        folders[i], note = unedited(folder, args.code, going_on)
-        notes.add(note)
-    for note in sorted(notes - {""}):
-        say(note, sys.stderr)
-    return folders
+    first = run_folder(method, args, defaults, not_in_first_stage)
+    out = run_folder(method, args, defaults)
+    unedited = {folder: of_this_code(folder, args.code) for folder in dict.fromkeys((first, out))}
+    return unedited[first], unedited[out]
 
 
 def run_folder(method, args, defaults, ignored=()):
@@ -1674,78 +1592,36 @@ def run_folder(method, args, defaults, ignored=()):
     return os.path.join("runs", name)
 
 
-def has_finished(folder):
-    """Has the run in this folder, or the teacher below it, done all of its epochs?"""
-    paths = [os.path.join(folder, part, "log.jsonl") for part in ("", "teacher")]
-    text = next((read_text(path) for path in paths if os.path.exists(path)), "")
-    done = re.findall(r'"epoch": (\d+)', text)
-    planned = re.findall(r'"epochs": (\d+)', text)
-    return bool(done and planned) and done[-1] == planned[0]
-
-
 def running_code(module):
-    """-> a hash of the code that runs: of the module's file or, if functions or constants were
-    replaced in memory, or the file was edited and not loaded again, as happens in a notebook, of
-    what is in memory."""
+    """-> a hash of the code that runs: of the module's file and of what differs from it in memory,
+    where functions or constants were replaced, or the file was edited and not loaded again, as
+    happens in a notebook."""
     text = read_text(module.__file__)
-    file = in_file(module.__file__, text)
-    memory = described(vars(module), file if NOTEBOOK else ())
-    if {**file, **memory} != file:
-        name = os.path.basename(module.__file__)
-        say(f"note: {name} in memory differs from the file (edited after its import, or changed "
-            "here); memory is what runs. To run the file: importlib.reload, or a new kernel",
-            sys.stderr)
-        text = repr(sorted(memory.items()))
+    differs = []
+    for name, in_file in described_file(module.__file__, text).items():
+        value = getattr(module, name, None)
+        own = getattr(value, "__module__", "") in (module.__name__, "__main__")
+        if (own or NOTEBOOK or name.isupper()) and described(value) != in_file:
+            differs.append((name, described(value)))
+    if differs:
+        say(f"note: {os.path.basename(module.__file__)} in memory differs from the file (edited "
+            "after its import, or changed here); memory is what runs. To run the file: "
+            "importlib.reload, or a new kernel", sys.stderr)
+        text += str(differs)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @functools.lru_cache
-def in_file(path, text):
-    """-> described() of a module's file with this text; {} if it was saved in the middle of an
-    edit."""
+def described_file(path, text):
+    """-> name -> described() of the functions, classes and constants of a module's file with this
+    text; {} if it was saved in the middle of an edit."""
     try:
-        return described(runpy.run_path(path, run_name="file"))
+        found = runpy.run_path(path, run_name="file")
     except Exception:
         return {}
-
-
-def described(namespace, names=()):
-    """-> dict of what a module's own functions, classes and constants do, as text, and of what
-    stands for `names` now, though it is not its own."""
-    own, found = ("file", "__main__", namespace["__name__"]), {}
-
-    def code(function):
-        chain = []  # a function and what it is wrapped around
-        chain.append(inspect.unwrap(function, stop=chain.append))
-        parts = [x.__code__ for x in chain if hasattr(x, "__code__")]
-        for part in parts:  # functions within functions too
-            parts += [x for x in part.co_consts if inspect.iscode(x)]
-        constants = [[sorted(map(repr, x)) if isinstance(x, frozenset) else x
-                      for x in part.co_consts if not inspect.iscode(x)] for part in parts]
-        cells = [x.cell_contents for x in chain[-1].__closure__ or ()]
-        cells = [x for x in cells if isinstance(x, (int, float, str, tuple))  # lists may grow
-                 or inspect.isfunction(x) and x not in chain]
-        return repr([chain[-1].__defaults__, chain[-1].__kwdefaults__, constants,
-                     [content(x) for x in cells],
-                     *((part.co_code, part.co_names, part.co_varnames) for part in parts)])
-
-    def content(value):
-        if isinstance(value, dict):
-            return {key: content(x) for key, x in value.items()}
-        if isinstance(value, tuple):
-            return [content(x) for x in value]
-        if isinstance(value, functools.partial):
-            return content((value.func, value.args, value.keywords))
-        value = value.__func__ if isinstance(value, staticmethod) else value
-        if inspect.isclass(value):
-            return [content(x) for x in vars(value).values()
-                    if isinstance(x, staticmethod) or inspect.isfunction(x)]
-        return code(value) if hasattr(inspect.unwrap(value), "__code__") else value
-    for name, value in namespace.items():
-        if name in names or getattr(value, "__module__", "") in own and callable(value) or (
-                name.isupper() and isinstance(value, (int, float, str, tuple, dict))):
-            found[name] = repr(content(value))  # a function's own repr holds an address
-    return {name: text for name, text in found.items() if name not in STATE}
+    return {name: described(value) for name, value in found.items() if name != "LOCKS" and (
+        getattr(value, "__module__", "") == "file"
+        or name.isupper() and isinstance(value, (int, float, str, tuple, dict)))}
 
 
 def short_errors(page, words):
@@ -1765,11 +1641,29 @@ def short_errors(page, words):
     shell.set_custom_exc((Problem, KeyboardInterrupt), show)
 
 
-def apart(folder, data):
-    """-> the folder or, if it holds a run on another --data that ends alike, one beside it."""
-    found = in_logs(folder, r'"data": ("(?:[^"\\]|\\.)*")')
-    taken = found and json.loads(found[0][1]) != data
-    return f"{folder}-{hashlib.sha256(data.encode()).hexdigest()[:6]}" if taken else folder
+def described(value):
+    """-> text that tells what a function or class does, or what a constant is. Other things have
+    their address in it: better a new run than an old result."""
+    if not inspect.isfunction(value):
+        value = getattr(value, "__wrapped__", value)  # of functools.cache, staticmethod
+    if isinstance(value, dict):
+        value = tuple(value.items())
+    if isinstance(value, tuple):
+        return str([described(part) for part in value])
+    if isinstance(value, frozenset):
+        return str(sorted(map(repr, value)))
+    if inspect.isclass(value):
+        return str([described(part) for part in vars(value).values()
+                    if inspect.isfunction(part) or isinstance(part, staticmethod)])
+    if inspect.isfunction(value):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        cells = [x for x in cells if isinstance(x, (int, float, str, tuple))
+                 or inspect.isfunction(x)]
+        return str([described(value.__code__), value.__defaults__, value.__kwdefaults__,
+                    described(tuple(cells))])
+    if inspect.iscode(value):
+        return str([value.co_code, value.co_names, value.co_varnames, described(value.co_consts)])
+    return repr(value)
 
 
 def in_logs(folder, pattern):
@@ -1779,20 +1673,19 @@ def in_logs(folder, pattern):
     return [match for match in found if match]
 
 
-def unedited(folder, code, going_on):
-    """-> the folder and "" or, if it holds a run of other source code than `code`: another folder
-    and a note. A run that goes on stays where it is; Log warns."""
+def of_this_code(folder, code):
+    """-> the folder or, if it holds a run of other source code than `code`, another one."""
     found = in_logs(folder, r'"code": (\{[^}]*\})')
     edited = []
     for file, mark in code.items():
         if any(mark not in match[1] for match in found):
             edited.append(file)
-    marks = "".join(mark[:3] for mark in code.values())
-    other = f"{folder}-{marks}"
-    if not edited or going_on and not os.path.isdir(other):
-        return folder, ""
-    return other, (f"{' and '.join(edited)} edited since the run in {folder}: "
-                   f"this one is in {other}")
+    if not edited:
+        return folder
+    other = f"{folder}-{''.join(mark[:3] for mark in code.values())}"
+    say(f"{' and '.join(edited)} edited since the run in {folder}: this one is in {other}",
+        sys.stderr)
+    return other
 
 
 OUT_OF_MEMORY = "(?i)" + "|".join((  # what torch says, and what its libraries say instead
@@ -1805,33 +1698,33 @@ def run(main, resume="--resume"):
     """Call main() as a program: a Problem becomes one line on stderr and exit code 2; Ctrl-C and
     SIGTERM become one line with the command that continues (with `resume`) and exit code 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it was closed
-    sys.stdout = sys.stdout or sys.stderr
     try:
         COMMAND_LINE[:] = sys.argv[1:]
         return as_one(main)
     except Problem as problem:
-        message, code = problem, 2
+        line, code = f"error: {' '.join(str(problem).split())}", 2  # file names can be odd
     except KeyboardInterrupt:
         sys.unraisablehook = lambda _: None  # from a progress bar that was cut off
-        words = shlex.join([*(word for word in sys.argv if word != resume), resume or ""])
-        message, code = "\ninterrupted" if not resume else (
-            f"\ninterrupted, finished epochs are kept; go on with: {LAUNCH} {words}"), 130
+        print(file=sys.stderr)
+        line, code = "interrupted", 130
+        if resume:
+            words = shlex.join([*(word for word in sys.argv if word != resume), resume])
+            line += f", finished epochs are kept; go on with: {LAUNCH} {words}"
     except (MemoryError, RuntimeError) as error:  # torch raises the latter
         if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
-        words = str(error).partition("\n")[0][:90]
-        message, code = "out of memory" + f", it seems: {words}" * bool(words) + (
-            " (lower --batch-size or --size, choose a smaller --arch, or keep less of a batch: "
-            "--recompute, with larger --bn-splits)" if resume else " (say --device cpu)"), 2
+        words, code = str(error).partition("\n")[0][:90], 2
+        line = f"error: out of memory, it seems: {words} (say --device cpu)"
+        if resume:
+            line = (f"error: out of memory, it seems: {words} (lower --batch-size or --size, "
+                    "choose a smaller --arch, or keep less of a batch: --recompute, with larger "
+                    "--bn-splits)")
     finally:
         for log in LOCKS.values():
             log.close()
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError):  # a pipe that nobody reads any more
             sys.stdout.flush()
-    line = " ".join(str(message).split()) if code == 2 else message  # file names can be odd
-    line = "".join(c if c.isprintable() or c == "\n" else "?" for c in line)
-    say("error: " * (code == 2) + line, sys.stderr)
+    say("".join(c if c.isprintable() else "?" for c in line), sys.stderr)
     sys.exit(code)
 
 
@@ -1842,33 +1735,22 @@ def say(text, file=None):
 
 
 def pick_device(name):
-    """One of DEVICES -> torch.device. Raises Problem if it is not available."""
+    """One of DEVICES -> torch.device. Raises Problem if it is not available, or cannot compute: for
+    old and very new GPUs this PyTorch may hold no kernels."""
     have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = next(kind for kind in have if have[kind]) if name == "auto" else name
+    remedy = "say --device cpu, or install a PyTorch built for it"
     if not have[name]:
-        raise Problem(f"--device {name}: this PyTorch sees none (say --device cpu, or install a "
-                      "PyTorch built for it)")
+        raise Problem(f"--device {name}: this PyTorch sees none ({remedy})")
     device = join_ranks(torch.device(name))
-    if device.type == "cuda":
-        check_kernels(device)
+    try:
+        torch.ones(1, device=device).add(1)
+    except RuntimeError as error:
+        words = str(error).partition("\n")[0]
+        raise Problem(f"--device {name}: {words} ({remedy}: for cards older than 2018, pip install "
+                      "torch torchvision --index-url https://download.pytorch.org/whl/cu126)"
+                      ) from error
     return device
-
-
-def check_kernels(device):
-    """Raises Problem for a GPU for which this PyTorch holds no kernels, its own (sm_75) or what the
-    driver translates (compute_75). Else is_available() is True, but the first operation fails."""
-    archs = torch.cuda.get_arch_list()
-    capability = torch.cuda.get_device_capability(device)
-    for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(archs)):
-        built = int(major), int(minor)
-        if built <= capability and (kind == "compute" or built[0] == capability[0]):
-            return
-    if any(arch.startswith("sm_") for arch in archs):  # AMD's have other names
-        raise Problem(f"{torch.cuda.get_device_name(device)} has compute capability "
-                      f"{capability[0]}.{capability[1]}, but this PyTorch is built for "
-                      f"{', '.join(archs)} (say --device cpu, or install the build for it: older "
-                      "cards need that of CUDA 12.6, pip install torch torchvision --index-url "
-                      "https://download.pytorch.org/whl/cu126)")
 
 
 def seed_everything(seed):
@@ -1882,8 +1764,8 @@ def seed_everything(seed):
 # ========================================================================== E logs and checkpoints
 
 FORMAT = 4  # of last.pt; files of another format are refused
-RESERVED = {"path", "arrays", "clashing", "format", "parts", "pooling", "epoch", "scores", "images",
-            "files", "lines", "seconds"}  # what last.pt holds besides flags and kept values
+RESERVED = {"path", "arrays", "format", "parts", "pooling", "epoch", "scores", "images", "files",
+            "lines", "seconds"}  # what last.pt holds besides flags and kept values
 LOCKS = {}  # path -> open log of this process
 
 
@@ -1956,9 +1838,10 @@ class Log:
         state = load_run(path, *flags)
         if state["epoch"] not in range(state[epochs] + 1):
             raise Problem(f"{path} was not written by these pages (choose another --out)")
+        grows = state[epochs] < self.args[epochs]
         other = [f"--{flag.replace('_', '-')} {state[flag]}, now {self.args[flag]}"
                  for flag in flags if state[flag] != self.args[flag]
-                 and not (flag == epochs and state[flag] < self.args[flag])]
+                 and not (flag == epochs and grows)]
         if other:
             flag = "--sources" if "code" in free else "--out"
             raise Problem(f"{path} is of a run with other flags: {'; '.join(other)} (say the same, "
@@ -1976,18 +1859,24 @@ class Log:
     def _lock(self):
         """Open the log and lock it. The lock ends with the process, even after kill -9; a later run
         in the same process, as in a notebook, takes it over."""
+        name = os.path.realpath(self.path)
         try:
             os.makedirs(self.folder, exist_ok=True)
-            name = os.path.realpath(self.path)
             if name in LOCKS:
                 LOCKS.pop(name).close()
             LOCKS[name] = self.file = open(self.path, "ab", buffering=0)
-            if fcntl:
-                lock(self.file)
-        except (OSError, RecursionError, ValueError) as error:
-            busy = "another process is writing there" if type(error) is BlockingIOError else error
-            raise Problem(f"{self.folder} cannot be written: {busy} (choose another --out)"
+        except OSError as error:
+            raise Problem(f"{self.folder} cannot be written: {error} (choose another --out)"
                           ) from error
+        try:
+            if fcntl:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Problem(f"{self.folder} cannot be written: another process is writing there "
+                          "(choose another --out)") from error
+        except OSError as error:  # some file systems of clusters have no locks
+            say(f"note: {name} cannot be locked here ({error.strerror}); do not start two runs in "
+                "this folder", sys.stderr)
 
     def _write(self):
         """Make the log file equal to self.lines: cut off what differs, append what is missing."""
@@ -2034,7 +1923,6 @@ class Log:
         if not state:
             return {}
         self._check_files(train, state)
-        state.update(state.pop("clashing"))
         try:
             for name, part in parts.items():
                 load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
@@ -2070,46 +1958,47 @@ class Log:
         optimisers, generators, arrays, plain values. The checkpoint is written first and holds the
         line, so a stop between the two loses nothing. Raises Problem for non-finite weights.
         """
-        seconds, text = time.time() - self.start, [f"{title:>12}"]
-        if quality:
-            text.append(f"{quality['clusters']:5d} clusters {quality['outliers']:6d} outliers"
-                        + "".join(f"  {name} {quality[name]:.3f}" for name in ("ARI", "purity")
-                                  if name in quality))
-        if losses:
-            text.append("  ".join(f"{name} {value:6.3f}" for name, value in losses.items()))
+        seconds = time.time() - self.start
         groups = dict(quality=quality, losses=losses, scores=scores)
         record = dict(title=title, epoch=epoch)
         record.update((name, value) for name, value in {**more, **groups}.items()
                       if value not in (None, {}))
         self.lines.append(json.dumps(dict(record, seconds=round(seconds, 2))) + "\n")
         if keep:
-            taken = RESERVED.intersection(keep)
-            if taken:
-                raise Problem(f"keep={', '.join(taken)}: last.pt holds something else of that name "
-                              "(call it otherwise)")
-            model = keep["model"]
-            state = {name: to_keep(name, value) for name, value in keep.items()}
-            bad = [name for name, value in state.items()
-                   if not all(x.isfinite().all() for x in tensors_in(value))]
-            if bad:
-                raise Problem(f"{title}: weights are not finite, in {', '.join(bad)}: training "
-                              "diverged (lower --lr; the last good epoch is kept)")
-            clashing = {name: state.pop(name) for name in list(state)
-                        if name in self.args}  # named like a flag
-            from_rank_0(
-                save_checkpoint, os.path.join(self.folder, "last.pt"), **self.args, **state,
-                arrays=[name for name, value in keep.items() if isinstance(value, np.ndarray)],
-                clashing=clashing, format=FORMAT, parts=model.parts, pooling=model.pooling,
-                epoch=epoch,
-                scores=scores or {}, images=len(keep["labels"]), files=self.files, lines=self.lines,
-                seconds=seconds)
+            self._save(title, keep, epoch, scores or {}, seconds)
         from_rank_0(self._write)
+        text = [f"{title:>12}"]
+        if quality:
+            text.append(f"{quality['clusters']:5d} clusters {quality['outliers']:6d} outliers"
+                        + "".join(f"  {name} {quality[name]:.3f}" for name in ("ARI", "purity")
+                                  if name in quality))
+        if losses:
+            text.append("  ".join(f"{name} {value:6.3f}" for name, value in losses.items()))
         left = ""
         if self.began and keep and epoch < self.total:
             self.rounds += 1
             minutes = (time.time() - self.began) / self.rounds * (self.total - epoch) / 60
             left = f", {minutes:.0f} min left" if minutes >= 1.5 else f", {60 * minutes:.0f} s left"
         say(" | ".join(text) + in_words(scores) + f" | {seconds:6.0f} s{left}")
+
+    def _save(self, title, keep, epoch, scores, seconds):
+        """Write last.pt."""
+        taken = (RESERVED | self.args.keys()) & keep.keys()
+        if taken:
+            raise Problem(f"keep={', '.join(taken)}: last.pt holds something else of that name "
+                          "(call it otherwise)")
+        state = {name: to_keep(value) for name, value in keep.items()}
+        bad = [name for name, value in state.items()
+               if not all(x.isfinite().all() for x in tensors_in(value))]
+        if bad:
+            raise Problem(f"{title}: weights are not finite, in {', '.join(bad)}: training "
+                          "diverged (lower --lr; the last good epoch is kept)")
+        arrays = [name for name, value in keep.items() if isinstance(value, np.ndarray)]
+        state.update(self.args, arrays=arrays, format=FORMAT, parts=keep["model"].parts,
+                     pooling=keep["model"].pooling, epoch=epoch, scores=scores,
+                     images=len(keep["labels"]), files=self.files, lines=self.lines,
+                     seconds=seconds)
+        from_rank_0(save_checkpoint, os.path.join(self.folder, "last.pt"), **state)
 
     def finish(self, scores, train, labels):
         """End a run -> scores. Without scores, write clusters.csv: file, cluster (-1: an outlier)
@@ -2127,17 +2016,6 @@ class Log:
         return scores
 
 
-def lock(file):
-    """Lock an open file, or raise BlockingIOError. Some file systems of clusters have no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        say(f"note: {file.name} cannot be locked here ({error.strerror}); do not start two runs in "
-            "this folder", sys.stderr)
-
-
 def names_of(split):
     """-> a hash of the images' names below their common folder, which may move."""
     home = os.path.commonpath(split.paths)
@@ -2145,22 +2023,13 @@ def names_of(split):
     return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def to_keep(name, value):
-    """-> what last.pt holds of a value that epoch() keeps. Raises Problem for one that could be
-    written but not read again, such as a number or an array of NumPy inside a list."""
-    if isinstance(value, torch.Generator) or hasattr(value, "state_dict"):
-        return value.get_state() if isinstance(value, torch.Generator) else value.state_dict()
-    content = io.BytesIO()
-    try:
-        value = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
-        torch.save(value, content)
-        content.seek(0)
-        torch.load(content, weights_only=True)
-    except Exception as error:  # torch raises many kinds
-        raise Problem(f"keep={name}: a {type(value).__name__} that last.pt could not give back "
-                      "(keep arrays and tensors of numbers, and plain values: float(x), "
-                      "torch.from_numpy(x) within lists and dicts)") from error
-    return value
+def to_keep(value):
+    """-> what last.pt holds of a value that epoch() keeps."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    return value.state_dict() if hasattr(value, "state_dict") else value
 
 
 def tensors_in(value):
@@ -2193,9 +2062,15 @@ def header(device, args):
 
 def save_checkpoint(path, **state):
     """Write plain values and tensors atomically: a reader sees the old file or the new one. Raises
-    Problem, and keeps the old file, if that fails."""
+    Problem, and keeps the old file, if that fails or the new one could not be read again."""
     draft, content = f"{path}.tmp", io.BytesIO()
-    torch.save(state, content)
+    try:
+        torch.save(state, content)
+        content.seek(0)
+        torch.load(content, map_location="meta", weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        raise Problem(f"{path} could not give back what is to be kept ({type(error).__name__}; "
+                      "keep arrays and tensors of numbers, and plain values: float(x))") from error
     kept = "; the earlier file is kept" if os.path.exists(path) else ""
     try:
         with open(draft, "wb") as file:
@@ -2215,13 +2090,7 @@ def load_checkpoint(path, keys=()):
     """-> the dict that save_checkpoint wrote; nothing in it is ever executed. Raises Problem for
     other files, for damaged ones, and for one that lacks some of `keys`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:
-                    if archive.testzip():  # torch does not look at the checksums
-                        raise ValueError("damaged")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise Problem(f"{path} cannot be read: {error.strerror} (name a finished run's folder, its "
                       "last.pt, or a file of weights)") from error
@@ -2240,19 +2109,10 @@ def load_run(path, *keys):
     """-> the dict of a run's last.pt. Raises Problem for any other file."""
     kinds = dict(format=int, model=dict, arch=str, parts=int, pooling=str, size=tuple, data=str,
                  root=str, epoch=int, epochs=int, scores=dict, lines=list, seconds=float,
-                 precision=str, images=int, files=str, code=dict, arrays=list, clashing=dict)
+                 precision=str, images=int, files=str, code=dict, arrays=list)
     state = load_checkpoint(path, (*kinds, *keys))
-    ours = (
-        all(isinstance(state[key], kind) for key, kind in kinds.items())
-        and state["format"] == FORMAT
-        and state["arch"] in ARCHS
-        and state["parts"] in range(9)
-        and state["pooling"] in ("gem", "avg")
-        and state["precision"] in PRECISIONS
-        and all(type(line) is str for line in state["lines"])
-        and len(state["size"]) == 2
-        and all(type(side) is int and 32 <= side <= 2048 for side in state["size"]))
-    if not ours:
+    ours = all(isinstance(state[key], kind) for key, kind in kinds.items())
+    if not ours or state["format"] != FORMAT or state["arch"] not in ARCHS:
         raise Problem(f"{path} was not written by these pages (choose another file, or --out)")
     return state
 
@@ -2292,14 +2152,15 @@ LAUNCH = f"torchrun --nproc-per-node {LOCAL}" if TORCHRUN else "python"
 
 def join_ranks(device):
     """-> the device of this rank. Connects the ranks: CUDA tensors by nccl, others by gloo."""
-    gpus = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": LOCAL}[device.type]
-    if LOCAL > gpus:
-        raise Problem(f"torchrun starts {LOCAL} processes here, for {gpus} GPUs (lower "
-                      "--nproc-per-node, or say --device cpu)")
-    if TORCHRUN and device.type == "cuda":
+    if not TORCHRUN:
+        return device
+    if device.type == "cuda":
+        if LOCAL > torch.cuda.device_count():
+            raise Problem(f"torchrun starts {LOCAL} processes here, for {torch.cuda.device_count()}"
+                          " GPUs (lower --nproc-per-node, or say --device cpu)")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if TORCHRUN and not dist.is_initialized():
+    if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 

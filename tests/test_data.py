@@ -191,7 +191,7 @@ def test_unreadable_image_is_named(tmp_path, spoil, monkeypatch):
 
 
 def test_pictures_look_as_in_a_viewer(tmp_path):
-    """EXIF orientation, transparency over hidden colours, 16 bits: as Pillow's own functions."""
+    """EXIF orientation, transparency over hidden colours: as Pillow's own functions."""
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (12, 6, 3), dtype=np.uint8))
     for turn in range(1, 9):
@@ -207,25 +207,17 @@ def test_pictures_look_as_in_a_viewer(tmp_path):
     seen = np.array(common.open_image(tmp_path / "hidden.png"))
     assert (seen[:6] == 255).all() and (seen[6:] == np.array(picture)[6:]).all()
     grey = np.array(picture.convert("L"))
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
-    assert (np.array(common.open_image(tmp_path / "16.png")) == grey[:, :, None]).all()
-    Image.fromarray(grey.astype(np.uint16) * 257).save(
-        tmp_path / "16.png", transparency=257 * int(grey[0, 0]))
-    assert (np.array(common.open_image(tmp_path / "16.png"))[0, 0] == 255).all()
-    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "f.tif")
-    with pytest.raises(common.Problem, match="f.tif.*.mode F"):
-        common.open_image(tmp_path / "f.tif")
-    hidden.putalpha(0)
-    hidden.save(tmp_path / "nothing.png")
-    with pytest.raises(common.Problem, match="every pixel is transparent"):
-        common.open_image(tmp_path / "nothing.png")
+    for name, wide in ("16.png", grey.astype(np.uint16)), ("f.tif", grey.astype(np.float32)):
+        Image.fromarray(wide).save(tmp_path / name)
+        with pytest.raises(common.Problem, match=f"{name}.*mode .*8 bits"):
+            common.open_image(tmp_path / name)
 
 
 def test_files_that_are_no_images_are_counted_and_named(tmp_path):
     for i in range(7):
         (tmp_path / f"{i}.jpg").write_bytes(b"<html>not found</html>")
     split = common.Split([str(tmp_path / f"{i}.jpg") for i in range(7)], None, None)
-    with pytest.raises(common.Problem, match="7 of 7 .*0.jpg.*it is a web page.*4.jpg.*2 more"):
+    with pytest.raises(common.Problem, match="7 images are no good.*0.jpg.*it is a web page.*4.jpg"):
         common.read_images(split, 64, 32)
 
 

@@ -119,27 +119,15 @@ def test_fp16_trains_and_an_overflow_skips_the_step(name, tmp_path, monkeypatch,
 
 # ----------------------------------------------------------------------------- kernels and memory
 
-WHEEL = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]    # of torch 2.14 for CUDA 13.0
-
-
-@pytest.mark.parametrize("capability, archs, works", [
-    ((7, 0), WHEEL, False), ((6, 0), WHEEL, False), ((6, 1), WHEEL, False), ((7, 5), WHEEL, True),
-    ((8, 0), WHEEL, True), ((8, 9), WHEEL, True), ((9, 0), WHEEL, True), ((12, 1), WHEEL, True),
-    ((8, 0), ["sm_86"], False), ((11, 0), WHEEL, False), ((13, 0), [*WHEEL, "compute_120"], True),
-    ((7, 0), ["sm_75", "compute_75"], False), ((9, 0), ["sm_90a"], True),
-    ((7, 0), ["sm_50", "sm_60", "sm_70"], True), ((9, 4), ["gfx942"], True), ((7, 0), [], True)])
-def test_a_card_without_kernels_is_one_line(capability, archs, works, tiny, tmp_path, monkeypatch,
-                                            capsys):
-    """Kernels of one major version run on its later minor ones; PTX runs on all later cards."""
-    for name, value in dict(is_available=True, device_count=1, get_arch_list=archs,
-                            get_device_capability=capability, get_device_name="Some GPU").items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    if works:
-        assert common.pick_device("auto") == CUDA
-        return
+def test_a_card_without_kernels_is_one_line(tiny, tmp_path, monkeypatch, capsys):
+    def no_kernels(*_, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\n"
+                           "CUDA kernel errors might be asynchronously reported")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", no_kernels)
     words = [*short(tiny, tmp_path), "--device", "auto"]
     says = refusal(lambda: ccsd.main(words), capsys)
-    assert says.startswith(f"Some GPU has compute capability {'.'.join(map(str, capability))}, but")
+    assert says.startswith("--device cuda: CUDA error: no kernel image") and "reported" not in says
     assert "--device cpu" in says and "whl/cu126" in says
 
 
@@ -209,18 +197,17 @@ def test_a_damaged_test_image_is_named_before_training(tmp_path, capsys):
     for file in files[3:5]:
         file.write_bytes(b"")
     line = refusal(lambda: ccsd.main(short(folder, tmp_path / "out")), capsys)
-    assert "2 of 24 images" in line and files[3].name in line and files[4].name in line
+    assert "2 images" in line and files[3].name in line and files[4].name in line
     assert not (tmp_path / "out" / "last.pt").exists()
 
 
-def test_images_that_do_not_fit_in_memory_are_refused(tmp_path, monkeypatch, capsys):
+def test_images_that_do_not_fit_in_memory_are_refused(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemFree: 1 kB\nMemAvailable: 2000000 kB\n")
     monkeypatch.setattr(common, "MEMINFO", str(tmp_path / "meminfo"))
     split = common.Split(["none.jpg"] * 32621, None, None)
     with pytest.raises(common.Problem, match="32,621 images .* take 3.2 GB.* 2.0 are free"):
         common.read_images(split, 256, 128)
     common.check_memory(12936, 256, 128)
-    assert "12,936 images of 256 x 128 take 1.3 GB" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("free, images, moved", [
