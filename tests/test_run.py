@@ -25,7 +25,7 @@ import sskd
 def finished(tiny, tmp_path_factory):
     """One short run of ccsd.py as a program, with all its imports."""
     out = tmp_path_factory.mktemp("runs") / "one"
-    return out, start("ccsd.py", *short(tiny, out, "--warm-up", "1", "--true-ids"))
+    return out, start("ccsd.py", *short(tiny, out))
 
 
 def test_end_to_end(finished):
