@@ -22,6 +22,7 @@ import pytest
 import sklearn.cluster
 import slow
 import torch
+import torch._dynamo  # noqa: F401  as an optimiser does: not again in each fork
 import torch.nn.functional as F
 import toy
 from halves import pytest_runtestloop  # noqa: F401, a hook of pytest
@@ -241,13 +242,25 @@ def first_scale(monkeypatch, scale):
     return made
 
 
-@pytest.fixture
-def two_layers(monkeypatch):
-    """--arch small has two convolutions: CPUs are slow in fp16."""
+def two_convolutions(patch):
+    """From now on, and as long as `patch` lasts, --arch small has two convolutions: CPUs are slow
+    in fp16, and much of what is tested happens around the network."""
     def backbone(weights):
         return nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.BatchNorm2d(16), nn.ReLU(),
                              nn.Conv2d(16, 256, 4, 4), nn.BatchNorm2d(256))
-    monkeypatch.setattr(common, "small_backbone", backbone)
+    patch.setattr(common, "small_backbone", backbone)
+
+
+@pytest.fixture
+def two_layers(monkeypatch):
+    two_convolutions(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def two_layers_in_this_file():
+    with pytest.MonkeyPatch.context() as patch:
+        two_convolutions(patch)
+        yield
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import argparse
 import csv
 import gc
-import json
 import os
 import re
 import shutil
@@ -11,12 +10,10 @@ import subprocess
 import sys
 import warnings
 
-import numpy as np
 import pytest
 import torch
-import torch._dynamo  # noqa: F401  as an optimiser does: not again in each fork
 from conftest import (HERE, SHORT, check_end, checkpoint, close, draw, losses, program, refusal,
-                      short, two_layers, weights)
+                      short, weights)
 from PIL import Image
 
 import ccsd
@@ -28,12 +25,7 @@ FEW = [*SHORT, "--epochs", "1", "--warm-up", "0", "--true-ids", "--batch-size", 
 EDIT = "args.base * L_base +", "2 * args.base * L_base +"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_convolutions():
-    """--arch small has two convolutions: what this file tests happens around the network."""
-    with pytest.MonkeyPatch.context() as only:
-        two_layers.__wrapped__(only)
-        yield
+pytestmark = pytest.mark.usefixtures("two_layers_in_this_file")
 
 
 @pytest.fixture(scope="module")

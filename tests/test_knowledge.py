@@ -4,7 +4,6 @@ changes nothing."""
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # noqa: F401  as an optimiser does: not again in each fork
 from conftest import SHORT, program, same_weights, short, weights
 
 import ccsd

@@ -9,7 +9,7 @@ import pytest
 import report
 import slow
 import torch
-from conftest import change_clusters, draw, short, two_layers, watch
+from conftest import change_clusters, draw, short, watch
 from test_report import Page, change_data, read_page, without_ids
 
 import ccsd
@@ -19,12 +19,7 @@ import mskd
 import sskd
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_convolutions():
-    """--arch small has two convolutions: what is drawn of it is compared with the same network."""
-    with pytest.MonkeyPatch.context() as only:
-        two_layers.__wrapped__(only)
-        yield
+pytestmark = pytest.mark.usefixtures("two_layers_in_this_file")
 
 
 @pytest.fixture(scope="module", params=[ccsd, mskd, sskd], ids=lambda page: page.__name__)

@@ -11,19 +11,14 @@ import torch.nn.functional as F
 from conftest import (change_clusters, check_end, check_features, check_forward, check_line,
                       check_scaler, check_seed, check_start, check_step, check_view, close,
                       collapse, double, learning, losses, permuted_ids, rate, refusal,
-                      same_weights, short, spelled, stop_after, the_next, two_layers, weights)
+                      same_weights, short, spelled, stop_after, the_next, weights)
 
 import common
 import eval
 import mskd
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_convolutions():
-    """--arch small has two convolutions here: what this file tests happens around the network."""
-    with pytest.MonkeyPatch.context() as only:
-        two_layers.__wrapped__(only)
-        yield
+pytestmark = pytest.mark.usefixtures("two_layers_in_this_file")
 
 
 @pytest.fixture(scope="module")

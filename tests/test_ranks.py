@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import HERE, draw, first_scale, losses, refusal, short, stop_after, two_layers
+from conftest import HERE, draw, first_scale, losses, refusal, short, stop_after, two_convolutions
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import ccsd
@@ -46,11 +46,7 @@ def said(done):
             if re.search("error: |interrupted|go on with", line)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tiny_network():
-    with pytest.MonkeyPatch.context() as patch:
-        two_layers.__wrapped__(patch)
-        yield
+pytestmark = pytest.mark.usefixtures("two_layers_in_this_file")
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +245,7 @@ def check_steps(_):
     one_step(4, 2)
     shares()
     print("one step: same")
-    two_layers.__wrapped__(pytest.MonkeyPatch())  # for the jobs that follow
+    two_convolutions(pytest.MonkeyPatch())  # for the jobs that follow
 
 
 def die(words):

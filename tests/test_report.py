@@ -14,9 +14,8 @@ import sys
 import numpy as np
 import pytest
 import report
-import slow
 import torch
-from conftest import SHORT, draw, program, quantised, refusal, short, two_layers, unit
+from conftest import SHORT, draw, program, quantised, refusal, short, unit
 
 import ccsd
 import common
@@ -24,12 +23,7 @@ import eval as scoring
 import sskd
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_convolutions():
-    """--arch small has two convolutions: a report looks the same."""
-    with pytest.MonkeyPatch.context() as only:
-        two_layers.__wrapped__(only)
-        yield
+pytestmark = pytest.mark.usefixtures("two_layers_in_this_file")
 
 
 @pytest.fixture(scope="module")

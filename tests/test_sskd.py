@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import (change_clusters, check_end, check_features, check_forward, check_line,
                       check_scaler, check_seed, check_step, check_view, close, collapse, double,
                       draw, learning, losses, older, permuted_ids, rate, refusal, same_loss,
-                      same_weights, short, spelled, stop_after, the_next, two_layers, weights)
+                      same_weights, short, spelled, stop_after, the_next, weights)
 from scipy.sparse import csr_array
 
 import common
@@ -34,12 +34,7 @@ def pair(other, folder, out, *more):
     return short(folder, out, "--source", str(other), *SHORT, *more)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_convolutions():
-    """--arch small has two convolutions here: what this file tests happens around the network."""
-    with pytest.MonkeyPatch.context() as only:
-        two_layers.__wrapped__(only)
-        yield
+pytestmark = pytest.mark.usefixtures("two_layers_in_this_file")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (change_clusters, checkpoint, draw, losses, program, refusal,
-                      short, two_layers, weights)
+                      short, two_convolutions, weights)
 from PIL import Image
 
 import ccsd
@@ -32,7 +32,7 @@ def tiny_network():
     """What a run writes and reads does not depend on its network, and most runs are of seconds."""
     small = common.small_backbone
     with pytest.MonkeyPatch.context() as patch:
-        two_layers.__wrapped__(patch)
+        two_convolutions(patch)
         tiny = common.small_backbone
         patch.setattr(common, "small_backbone", lambda weights: small(weights) and tiny(weights))
         yield
