@@ -1698,6 +1698,8 @@ def run(main, resume="--resume"):
     """Call main() as a program: a Problem becomes one line on stderr and exit code 2; Ctrl-C and
     SIGTERM become one line with the command that continues (with `resume`) and exit code 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it was closed
+    sys.stdout = sys.stdout or sys.stderr
     try:
         COMMAND_LINE[:] = sys.argv[1:]
         return as_one(main)
