@@ -854,7 +854,8 @@ def check_memory(n, height, width):
     """Raises Problem if n images take more main memory than is free, which only Linux tells. Each
     rank keeps all images."""
     need = LOCAL * n * 3 * height * width / 1e9
-    found = re.search(r"MemAvailable: *(\d+)", read_text(MEMINFO)) if os.path.exists(MEMINFO) else 0
+    text = read_text(MEMINFO) if os.path.exists(MEMINFO) else ""
+    found = re.search(r"MemAvailable: *(\d+)", text)
     free = int(found[1]) * 1024 / 1e9 if found else math.inf
     if need > free:
         raise Problem(f"{n:,} images of {height} x {width} take {need:.1f} GB of main memory, "
@@ -1194,12 +1195,15 @@ def check_names(paths, person_folders, camera_folders, people, cameras):
 
 
 def clash(folders, numbers):
-    """-> two images of one folder with different numbers, or the other way round; or None."""
+    """-> two images of one folder with different numbers, or the other way round; or None. An image
+    without a number contradicts nothing."""
     first = {}
     for i, pair in enumerate(zip(folders or (), numbers)):
+        if None in pair:
+            continue
         for side in (0, 1):
             j, other = first.setdefault((side, pair[side]), (i, pair))
-            if other != pair and None not in other + pair:
+            if other != pair:
                 return j, i
     return None
 

@@ -334,6 +334,8 @@ def test_folders_of_cameras_and_people(names, pids, cameras, tmp_path, capsys):
     ("trainset/1.jpg valset/1.jpg", "trainset is called like a part"),
     ("TestImages/1.jpg x/1.jpg", "called like a part"),
     ("hall/0001_c1_1.jpg yard/0001_c2_1.jpg", "the folders are no persons"),
+    ("hall/0.jpg hall/1_c1.jpg hall/2_c1.jpg yard/3_c1.jpg", "the folders are no persons"),
+    ("cam1/0.jpg cam1/x_c1.jpg cam1/y_c2.jpg cam2/z_c3.jpg", "the folders are no cameras"),
     ("hall/x_c1_1.jpg yard/x_c2_1.jpg", "images of one camera"),
     ("cam1/x_c2.jpg cam2/x_c1.jpg", "camera 1 by the folder, 2 by the file name"),
     ("", "nor images"), ("1.heic", "1 files .*1.heic.*convert them"),
