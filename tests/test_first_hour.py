@@ -325,6 +325,8 @@ def test_folders_of_cameras_and_people(names, pids, cameras, tmp_path, capsys):
     said = capsys.readouterr().err
     assert f"{len(names)} images, such as {min(names)}: " in said
     assert ("no person ids" in said) == (pids[0] == -1)
+    ids = "unknown ids" if pids[0] == -1 else f"{len(set(pids))} ids"
+    assert f"train {len(names)} images of {ids}\n" in said
     assert ("no cameras" in said) == (cameras[0] == 0)
 
 
