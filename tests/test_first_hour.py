@@ -382,6 +382,9 @@ def test_halves_need_two_people_and_two_cameras(tmp_path):
     folder = pictures(tmp_path / "b", "0001_c1_1.jpg", "0002_c1_1.jpg", "0003_c1_1.jpg")
     with pytest.raises(common.Problem, match="here are 3 and 1 .leave out :source"):
         common.load(f"{folder}:source")
+    folder = pictures(tmp_path / "c", *(f"000{i}_c{c}_1.jpg" for i in (1, 2) for c in (1, 2)))
+    halves = [common.load(f"{folder}:{half}")[0] for half in ("source", "target")]
+    assert [len(train.paths) for train in halves] == [1, 1]
 
 
 def test_data_sets_that_are_linked_or_misspelt(tiny, tmp_path):
