@@ -176,8 +176,8 @@ def augment(images, generator, pad=None, erase=.5, jitter=0.):
 
 
 def flip_and_crop(images, pad, flip, dy, dx):
-    """(B, 3, H, W) uint8 -> float32 in [0, 1]; mirrored where flip >= 1/2 and shifted by up to `pad`
-    pixels, with black at the borders. flip, dy, dx (B,) in [0, 1)."""
+    """(B, 3, H, W) uint8 -> float32 in [0, 1]; mirrored where flip >= 1/2 and shifted by up to
+    `pad` pixels, with black at the borders. flip, dy, dx (B,) in [0, 1)."""
     b, _, h, w = images.shape
     y = torch.arange(h, device=images.device)
     x = torch.arange(w, device=images.device)

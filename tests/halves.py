@@ -1,7 +1,7 @@
 """Two processes for two cores: the files of tests are shared out between pytest and a copy of it.
 
-conftest.py takes the hook from here. A single file, --pdb, a GPU (which no copy may use) or a system
-without fork: pytest runs as ever. Both take the next file from one queue, the largest first. The
+conftest.py takes the hook from here. With a single file, --pdb, a GPU (which no copy may use) or
+without fork, pytest runs as ever. Both take the next file from one queue, the largest first. The
 copy writes its reports into a file, from which pytest tells them between its own tests.
 """
 

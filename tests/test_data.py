@@ -217,7 +217,8 @@ def test_files_that_are_no_images_are_counted_and_named(tmp_path):
     for i in range(7):
         (tmp_path / f"{i}.jpg").write_bytes(b"<html>not found</html>")
     split = common.Split([str(tmp_path / f"{i}.jpg") for i in range(7)], None, None)
-    with pytest.raises(common.Problem, match="7 images are no good.*0.jpg.*it is a web page.*4.jpg"):
+    says = "7 images are no good.*0.jpg.*it is a web page.*4.jpg"
+    with pytest.raises(common.Problem, match=says):
         common.read_images(split, 64, 32)
 
 
