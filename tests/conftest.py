@@ -557,3 +557,11 @@ def collapse(calls):
 def tiny(tmp_path_factory):
     """A folder with 8 training and 4 test people, 3 cameras, 3 images each. Read only."""
     return draw(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory):
+    """Tests run in an empty folder: runs/ and data/ of the checkout are the reader's."""
+    with pytest.MonkeyPatch.context() as only:
+        only.chdir(tmp_path_factory.mktemp("here"))
+        yield
