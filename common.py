@@ -1282,10 +1282,16 @@ def take_half(rows, half):
 
 def take_few(rows, people=12, images=200):
     """-> some of a data set: the first people of training and of the test, with all of their images
-    (no distractors); without ids, the first training images."""
+    (no distractors); without ids, the first training images of every camera."""
     train, query, gallery = rows
     if any(person is None for _, person, _ in train):
-        return [train[:images], query, gallery]
+        each = images // len({camera for _, _, camera in train})
+        few, seen = [], collections.Counter()
+        for row in train:
+            seen[row[2]] += 1
+            if seen[row[2]] <= max(1, each):
+                few.append(row)
+        return [few, query, gallery]
     trained = sorted({person for _, person, _ in train})[:people]
     tested = sorted({person for _, person, _ in query})[:people]
     return [[row for row in split if row[1] in chosen]

@@ -110,6 +110,12 @@ def test_query_without_gallery(tmp_path):
         common.load(str(tmp_path))
 
 
+def test_a_few_images_without_ids_are_of_every_camera():
+    train = [(f"{i}.jpg", None, "a" if i < 250 else "b") for i in range(300)]
+    few = [*train[:100], *train[250:]]
+    assert common.take_few([train, [], []]) == [few, [], []]
+
+
 def test_missing_and_empty(tmp_path):
     with pytest.raises(common.Problem) as problem:
         common.load("market1501", str(tmp_path))
