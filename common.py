@@ -1325,6 +1325,8 @@ def open_image(path):
                 raise ValueError(f"{picture.width} x {picture.height} pixels is no pedestrian crop")
             if picture.mode[0] in "IF":  # Pillow would cut off what is above 255
                 raise ValueError(f"mode {picture.mode}; convert it to 8 bits a channel")
+            picture.getexif()  # is kept: where a tag is damaged, writing it again would fail
+            picture.info.pop("exif", None)
             picture = ImageOps.exif_transpose(picture)
             if "transparency" in picture.info or picture.mode[-1] in "Aa":
                 picture = picture.convert("RGBA")
@@ -1415,9 +1417,9 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("fp32", "bf16", "fp16")
 NO_NUMBER = {"out", "first_stage", "code", "root", "device", "eval_every", "resume", "on_collapse",
              "recompute"}  # flags and notes that do not change the results
-ON_A_CPU = ("--arch resnet18-layer3 --size 128 64 --batch-size 64 --num-instances 4 --bn-splits 1 "
-            "--lr-drop 0 --eps .5 --precision bf16 --centre")
-ON_A_CPU = {page: f"{ON_A_CPU} {steps}" for page, steps in (  # measured: tests/RESULTS.md
+SMALL_RUN = ("--arch resnet18-layer3 --size 128 64 --batch-size 64 --num-instances 4 --bn-splits 1 "
+             "--lr-drop 0 --eps .5 --precision bf16 --centre")
+ON_A_CPU = {page: f"{SMALL_RUN} {steps}" for page, steps in (  # measured: tests/RESULTS.md
     ("ccsd.py", "--epochs 40 --iters 200"),
     ("mskd.py", "--epochs 20 --iters 100"),
     ("sskd.py", "--epochs 20 --iters 100 --source-epochs 10 --nets 1 --alpha .995"))}
@@ -1758,6 +1760,8 @@ def pick_device(name):
     try:
         torch.ones(1, device=device).add(1)
     except RuntimeError as error:
+        if re.search(OUT_OF_MEMORY, str(error)):  # run() says what to do
+            raise
         words = str(error).partition("\n")[0]
         raise Problem(f"--device {name}: {words} ({remedy}: for cards older than 2018, pip install "
                       "torch torchvision --index-url https://download.pytorch.org/whl/cu126)"

@@ -151,8 +151,7 @@ def checkpoint(path, **values):
     model = common.Encoder("small", "none").state_dict()
     about = dict(model=model, arch="small", parts=0, pooling="gem", size=(96, 48), data="toy",
                  root="data", epoch=1, epochs=2, scores={}, lines=[], seconds=1., images=9,
-                 files="", precision="fp32", code={}, arrays=[], clashing={},
-                 format=common.FORMAT)
+                 files="", precision="fp32", code={}, arrays=[], format=common.FORMAT)
     common.save_checkpoint(str(path), **{**about, **values})
 
 

@@ -207,6 +207,13 @@ def test_pictures_look_as_in_a_viewer(tmp_path):
             picture.save(tmp_path / name, exif=exif, lossless=True)
             wanted = ImageOps.exif_transpose(Image.open(tmp_path / name)).convert("RGB")
             assert (np.array(common.open_image(tmp_path / name)) == np.array(wanted)).all()
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011a] = 6, 72.
+    damaged = bytearray(exif.tobytes())
+    damaged[31] = 2  # the resolution is text: Pillow can read this, but not write it again
+    picture.save(tmp_path / "damaged.png", exif=bytes(damaged))
+    seen = np.array(common.open_image(tmp_path / "damaged.png"))
+    assert (seen == np.rot90(np.array(picture), -1)).all()
     hidden = picture.convert("RGBA")
     hidden.putalpha(Image.fromarray(np.repeat([[0], [255]], 6, 0).repeat(6, 1).astype(np.uint8)))
     hidden.save(tmp_path / "hidden.png")
