@@ -67,6 +67,7 @@ PAIR = ("--source {} --data {} --arch resnet18-layer3 --size 96 48 --source-epoc
 FROM_CUHK03 = ("--source cuhk03 --data market1501 --arch resnet18-layer3 --size 128 64 "
                "--precision bf16 --source-epochs 10 --epochs {0} --iters 100 --nets {1} "
                "--bn-splits 1 --lr-drop 0 --eval-every {0}")
+FLOAT = FROM_CUHK03.replace(" --precision bf16", "")  # for a CPU without bfloat16
 CCSD = {
     "baseline (ClusterContrast)": Row("--refine none"),
     "+ split": Row("--kd 0 --cross 0", "baseline (ClusterContrast)"),
@@ -165,7 +166,13 @@ TABLES = {
                                    "--sources {short}/source", "short, centred", range(1)),
         "short, centred, eps, alpha": Row(
             f"{FROM_CUHK03.format(6, 1)} --eps .5 --centre --alpha .98 --sources {{short}}/source",
-            "short, centred, eps", range(1))}, real=True),
+            "short, centred, eps", range(1)),
+        "short, float32, quick copy": Row(f"{FLOAT.format(6, 1)} --eps .5 --centre --alpha .9",
+                                        seeds=range(1)),
+        "short, float32, without L_ms and L_nuc": Row(
+            f"{FLOAT.format(6, 1)} --eps .5 --centre --alpha .98 "
+            "--sources {short, float32, quick copy}/source --ms 0 --nuc 0", seeds=range(1))},
+                       real=True),
     "sskd-soft": Table("sskd.py", {
         "soft labels": Row("", "without soft labels", THREE),
         "without soft labels": Row("--sources {soft labels}/source --soft 0", seeds=THREE)},
