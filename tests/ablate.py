@@ -171,7 +171,10 @@ TABLES = {
                                         seeds=range(1)),
         "short, float32, without L_ms and L_nuc": Row(
             f"{FLOAT.format(6, 1)} --eps .5 --centre --alpha .98 "
-            "--sources {short, float32, quick copy}/source --ms 0 --nuc 0", seeds=range(1))},
+            "--sources {short, float32, quick copy}/source --ms 0 --nuc 0", seeds=range(1)),
+        "one network, float32, quick copy": Row(
+            f"{FLOAT.format(20, 1)} --eps .5 --centre --alpha .9 "
+            "--sources {short, float32, quick copy}/source", seeds=range(1))},
                        real=True),
     "sskd-soft": Table("sskd.py", {
         "soft labels": Row("", "without soft labels", THREE),
