@@ -358,7 +358,8 @@ def largest_distances(features, block):
         smallest[rows].clamp_(max=cosine.min(1).values)
         smallest[onwards].clamp_(max=cosine.min(0).values)
     distances = 2 - 2 * smallest
-    return distances.clamp(min=1e-12).cpu().numpy()  # it is a divisor
+    distances[distances < 1e-5] = 1  # a divisor; if all images are alike, they are rounding errors
+    return distances.cpu().numpy()
 
 
 def rank_queries(features, query, gallery, top=7, block=256):

@@ -269,7 +269,8 @@ def plain_terms(f, k, g, clusters, groups, memory, flags, started):
 RUNS = {  # what differs from FLAGS, further words, and when L_cross and L_kd start
     "reassign, resumed": (dict(refine="reassign"), ["--resume", "--on-collapse", "skip"], 1),
     "recluster": (dict(refine="recluster", lr_drop=3, eps=.59), ["--on-collapse", "skip"], 0),
-    "split, collapsed": (dict(base=0, kd=0, epochs=5, eval_every=2), ["--on-collapse", "skip"], 1),
+    "split, collapsed": (dict(base=0, kd=0, epochs=5, eval_every=2, eps=.535),
+                         ["--on-collapse", "skip"], 1),
     "no camera, not centred": (dict(refine="none", weights="given", eps=.55, k1=6, seed=6,
                                     epochs=3), [], 0),
     "true ids": (dict(intra=0, cross=0, epochs=2, lr_drop=1), ["--quick", "--true-ids"], 0)}
