@@ -173,7 +173,7 @@ TABLES = {
             f"{FROM_CUHK03.format(6, 1)} --eps .5 --centre --alpha .98 --sources {{short}}/source",
             "short, centred, eps", range(1)),
         "short, float32, quick copy": Row(f"{FLOAT.format(6, 1)} --eps .5 --centre --alpha .9",
-                                        seeds=range(1)),
+                                          seeds=range(1)),
         "short, float32, without L_ms and L_nuc": Row(
             f"{FLOAT.format(6, 1)} --eps .5 --centre --alpha .98 "
             "--sources {short, float32, quick copy}/source --ms 0 --nuc 0", seeds=range(1)),

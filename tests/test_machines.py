@@ -120,7 +120,8 @@ def test_fp16_trains_and_an_overflow_skips_the_step(name, tmp_path, monkeypatch,
 # ----------------------------------------------------------------------------- kernels and memory
 
 @pytest.mark.parametrize("words, says", [
-    ("no kernel image is available for execution on the device", "^--device cuda: .*--device cpu.*whl/cu126"),
+    ("no kernel image is available for execution on the device",
+     "^--device cuda: .*--device cpu.*whl/cu126"),
     ("out of memory", "^out of memory, it seems")])
 def test_a_card_that_cannot_compute_is_one_line(words, says, tiny, tmp_path, monkeypatch, capsys):
     def fail(*_, device):
