@@ -17,6 +17,8 @@ the student's first round. Columns, in per cent of a round's choices, but for th
                               the choices of each that are right
   wrong: teacher, student     cases in which the label is wrong; of these, those that are right
   spread: teacher, student    how many candidates they weigh: exp(mean entropy)
+
+Every round of a seed is printed when it ends, and a table of all seeds at the end.
 """
 
 import argparse
@@ -59,6 +61,10 @@ class Watch:
             for index in original(labels, cams, *args):
                 self.index = index.numpy()
                 yield index
+            if cams is self.train.cams and torch.is_tensor(self.sums[-1]):
+                row = zip(HEAD[1:], columns(self.sums[-1]))  # a run that is cut has shown these
+                row = ", ".join(f"{name} {x:.1f}" for name, x in row)
+                common.say(f"round {len(self.sums)}: {row}")
         return pk_batches
 
     def compare(self, teacher, student, label, right):
@@ -113,14 +119,16 @@ class Watch:
 
     def table(self):
         """-> (rounds with a distillation loss, 11): the columns after the first."""
-        rows = []
-        for n, label, t, s, differ, differ_t, differ_s, wrong, wrong_t, wrong_s, *entropy in (
-                sums.tolist() for sums in self.sums if torch.is_tensor(sums)):
-            rows.append([100 * label / n, 100 * t / n, 100 * s / n, 100 * differ / n]
-                        + [100 * x / max(1, differ) for x in (differ_t, differ_s)]
-                        + [100 * wrong / n] + [100 * x / max(1, wrong) for x in (wrong_t, wrong_s)]
-                        + [np.exp(x / n) for x in entropy])
-        return np.array(rows)
+        return np.array([columns(sums) for sums in self.sums if torch.is_tensor(sums)])
+
+
+def columns(sums):
+    """Sums over the choices of a round -> its 11 columns after the first."""
+    n, label, t, s, differ, differ_t, differ_s, wrong, wrong_t, wrong_s, *entropy = sums.tolist()
+    return [*(100 * x / n for x in (label, t, s, differ)),
+            *(100 * x / max(1, differ) for x in (differ_t, differ_s)),
+            100 * wrong / n, *(100 * x / max(1, wrong) for x in (wrong_t, wrong_s)),
+            *(np.exp(x / n) for x in entropy)]
 
 
 def main():
@@ -130,6 +138,7 @@ def main():
     parser.add_argument("seeds", type=int, nargs="*", default=[0])
     args, flags = parser.parse_known_args()
     watch, tables = Watch(importlib.import_module(args.page)), []
+    common.running_code = lambda module: "watched"  # no note that this program replaced functions
     for seed in args.seeds:
         watch.sums = []
         with tempfile.TemporaryDirectory() as folder:

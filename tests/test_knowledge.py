@@ -105,5 +105,8 @@ def test_the_program_prints_a_table(tiny, two_layers):
     *_, head, rule, first, second = run.stdout.splitlines()
     assert run.returncode == 0 and head.startswith("| round | label |"), run.stderr
     assert first.startswith("| 1 | 100.0 |") and second.startswith("| 2 | 100.0 |")
+    shown = [line for line in run.stdout.splitlines() if line.startswith("round ")]
+    assert [line.split(", ")[0] for line in shown] == [f"round {i}: label 100.0" for i in (1, 2)]
+    assert "in memory differs" not in run.stderr
     run = program("tests/knowledge.py", "ccsd", "--data", tiny / "none")
     assert run.returncode == 2 and "Traceback" not in run.stderr
