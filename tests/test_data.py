@@ -48,6 +48,14 @@ def test_every_place_a_key_is_looked_for(tmp_path, where, capsys):
     assert "2 images in" in said and "12,936 published" in said
 
 
+def test_more_images_than_published_are_told_too(tmp_path, monkeypatch, capsys):
+    market(tmp_path)
+    monkeypatch.setitem(common.DATASETS, "market1501", (["."], (1, 2, 2)))
+    common.load("market1501", str(tmp_path))
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 1 and "train: 2 images in" in said and "1 published" in said
+
+
 @pytest.mark.parametrize("key", [k for k in common.DATASETS if not k.startswith("toy")])
 def test_every_key_reads_its_official_folder(tmp_path, key):
     for folder in common.DATASETS[key][0]:
