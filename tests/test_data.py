@@ -56,6 +56,13 @@ def test_more_images_than_published_are_told_too(tmp_path, monkeypatch, capsys):
     assert said.count("warning: ") == 1 and "train: 2 images in" in said and "1 published" in said
 
 
+def test_fewer_training_images_than_a_batch(tmp_path):
+    folder = str(market(tmp_path))
+    assert len(common.load(folder, at_least=2)[0].paths) == 2
+    with pytest.raises(common.Problem, match="2 training images .* batch of 3 .lower --batch-size"):
+        common.load(folder, at_least=3)
+
+
 @pytest.mark.parametrize("key", [k for k in common.DATASETS if not k.startswith("toy")])
 def test_every_key_reads_its_official_folder(tmp_path, key):
     for folder in common.DATASETS[key][0]:
