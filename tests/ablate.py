@@ -157,14 +157,15 @@ TABLES = {
                             seeds=THREE),
         "one network": Row(f"{FROM_CUHK03.format(20, 1)} --eps .5 --centre --alpha .995 "
                            "--sources {two networks}/source", "two networks", THREE),
-        "two networks, quick copy": Row(f"{FROM_CUHK03.format(20, 2)} --eps .5 --centre --alpha .9",
-                                        "two networks, quick copy, without soft labels", THREE),
-        "two networks, quick copy, without soft labels": Row(
-            f"{FROM_CUHK03.format(20, 2)} --eps .5 --centre --alpha .9 "
-            "--sources {two networks, quick copy}/source --soft 0", seeds=THREE),
-        "one network, quick copy": Row(
-            f"{FROM_CUHK03.format(20, 1)} --eps .5 --centre --alpha .9 "
-            "--sources {two networks, quick copy}/source", "two networks, quick copy", THREE),
+        "one network, wide radius": Row(
+            f"{FROM_CUHK03.format(20, 1)} --eps .6 --centre --alpha .9 "
+            "--sources {two networks, half as long}/source", seeds=THREE),
+        "two networks, half as long": Row(
+            f"{FROM_CUHK03.format(10, 2)} --eps .6 --centre --alpha .9",
+            "two networks, half as long, without soft labels", THREE),
+        "two networks, half as long, without soft labels": Row(
+            f"{FROM_CUHK03.format(10, 2)} --eps .6 --centre --alpha .9 "
+            "--sources {two networks, half as long}/source --soft 0", seeds=THREE),
         "short": Row(f"{FROM_CUHK03.format(6, 1)} --rho 4e-4", seeds=range(1)),
         "short, centred": Row(f"{FROM_CUHK03.format(6, 1)} --rho 4e-4 --centre "
                               "--sources {short}/source", "short", range(1)),
