@@ -444,7 +444,7 @@ def test_the_readme_has_the_commands_for_a_cpu():
         text = " ".join(file.read().split())
     assert f"`{common.ON_A_CPU['ccsd.py']}`" in text
     for words in common.ON_A_CPU.values():
-        assert f"`--epochs {words.split('--epochs ')[1]}`" in text or words in text
+        assert f"`{words.split('--centre ')[1]}`" in text or words in text
 
 
 def test_a_closed_pipe_or_no_stderr_end_no_run(few, tmp_path):
