@@ -15,7 +15,7 @@ import tempfile
 import traceback
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine, threads wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # threads wait for each other, and in a fork for ever
 
 import numpy as np
 import pytest
