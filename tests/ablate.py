@@ -139,7 +139,8 @@ TABLES = {
             "all terms, cameras centred": Row("--centre", "no distillation, cameras centred"),
         }.items()}, CPU, True),
     "ccsd-hour": Table("ccsd.py", {
-        "40 epochs, eps = .5": Row(f"{HOUR} --eps .5 --centre", seeds=THREE),
+        "40 epochs, eps = .5": Row(f"{HOUR} --eps .5 --centre", "ClusterContrast, cameras centred",
+                                   THREE),
         "the same in float32, seed 1": Row(
             f"{HOUR.replace(' --precision bf16', '')} --eps .5 --centre", seeds=(1,)),
         "30 epochs, eps = .6": Row(f"{SMALL.format(30, 200, 30)} --centre", seeds=range(1)),
