@@ -173,6 +173,24 @@ def test_the_run_on_a_cpu_is_the_one_that_was_measured():
     assert line.endswith(f"| {100 * scores['mAP']:.1f} / {100 * scores['rank1']:.1f} |\n")
 
 
+def test_the_table_of_runs_on_a_cpu_holds_what_was_measured():
+    ccsd, float32 = ("ccsd-hour", "40 epochs, eps = .5"), "the same in float32, seed 1"
+    rows = {
+        "| `ccsd.py` | `--eps": [ccsd, ("ccsd-hour", float32), ccsd],
+        "| its baseline, ClusterC": [("ccsd-hour", "ClusterContrast, cameras centred")] * 3,
+        "| `mskd.py`, both stages": [("mskd-hour", "20 epochs a stage")] * 3,
+        "| `sskd.py --source cuhk03`": [("sskd-hour", "one network, wide radius")] * 3,
+        "| ClusterContrast of as": [("ccsd-market", "baseline, cameras centred")] * 3}
+    results = ablate.read_results()
+    with open(ablate.TEXTS[0], encoding="utf-8") as file:
+        text = file.readlines()
+    for start, runs in rows.items():
+        found = [ablate.results_of(*run, results)[seed]["scores"] for seed, run in enumerate(runs)]
+        first, second, third = (f"{100 * x['mAP']:.1f} / {100 * x['rank1']:.1f}" for x in found)
+        line, = (line for line in text if line.startswith(start))
+        assert line.endswith(f"| {first} | {second} and {third} |\n"), line
+
+
 def test_no_float32_run_stands_under_bf16(tmp_path, monkeypatch, capsys):
     row = "baseline (ClusterContrast)"
     rows = {row: ablate.TABLES["ccsd-market"].rows[row]._replace(seeds=range(1))}
